@@ -1,0 +1,166 @@
+"""flashmask_attention: every argument is checked once, here; backends trust what they get."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from hf_flashmask.masks import ColumnMask
+from hf_flashmask.masks import causal as causal_mask
+from hf_flashmask.masks import full as full_mask
+
+from . import op, reference
+
+BACKENDS = ("auto", "reference", "torch")
+MAX_HEAD_DIM = 256
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@overload
+def flashmask_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: ColumnMask | None = ..., *, startend_row_indices: Tensor | None = ...,
+    causal: bool = ..., softmax_scale: float | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
+    return_lse: Literal[False] = ..., backend: str = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def flashmask_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: ColumnMask | None = ..., *, startend_row_indices: Tensor | None = ...,
+    causal: bool = ..., softmax_scale: float | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
+    return_lse: Literal[True], backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def flashmask_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: ColumnMask | None = None,
+    *,
+    startend_row_indices: Tensor | None = None,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention under a column mask, skipping what it hides. Differentiable in q, k, v and sinks.
+
+    Args:
+        q: ``[B, Sq, Hq, D]``; float16, bfloat16, float32 or float64; D up to 256.
+        k: ``[B, Sk, Hkv, D]``, Hkv a divisor of Hq (grouped or multi-query attention).
+        v: ``[B, Sk, Hkv, Dv]``, Dv up to 256 and not necessarily D.
+        mask: which pairs are visible; batch 1 or B, heads 1, Hkv or Hq. None with no ``startend_row_indices`` means
+            all of them, or the causal triangle with ``causal=True``.
+        startend_row_indices: int32 ``[B|1, Hm|1, Sk, C]`` as in Paddle, instead of ``mask``.
+        causal: goes with ``startend_row_indices``, or with no mask at all; a ``ColumnMask`` knows its own.
+        softmax_scale: default ``D ** -0.5``.
+        softcap: scores become ``softcap * tanh(scores / softcap)``, as in Gemma 2.
+        sinks: ``[Hq]``, one more logit a head that takes weight and gives no value, as in gpt-oss.
+        return_lse: also return ``lse``, float32 ``[B, Hq, Sq]`` (float64 for float64), the log of the softmax
+            denominator, sinks included; differentiable.
+        backend: "auto", "torch" (skips hidden tiles, any device) or "reference" (dense). An explicit choice is never
+            replaced by another.
+
+    Returns:
+        ``out [B, Sq, Hq, Dv]``, or ``(out, lse)``. A query that sees no key has output 0, lse -inf (the sink's logit
+        where there is one) and gradient 0.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: an argument is not as described; nothing is computed.
+    """
+    _check_tensors(q, k, v)
+    mask = _check_mask(mask, startend_row_indices, causal, q, k)
+    head_dim = q.shape[3]
+    softmax_scale = head_dim**-0.5 if softmax_scale is None else _number("softmax_scale", softmax_scale)
+    if softcap is not None and _number("softcap", softcap) <= 0:
+        raise ValueError(f"softcap must be positive, or None for no cap, got {softcap!r}")
+    softcap = 0.0 if softcap is None else float(softcap)
+    if sinks is not None:
+        if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
+            raise TypeError(f"sinks must be a floating-point tensor, got {getattr(sinks, 'dtype', type(sinks).__name__)}")
+        if sinks.shape != (q.shape[2],) or sinks.device != q.device:
+            raise ValueError(
+                f"sinks must be [Hq] = [{q.shape[2]}] on {q.device}, got {tuple(sinks.shape)} on {sinks.device}"
+            )
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "reference":
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = reference.attention(
+                q, k, v, mask, softmax_scale=softmax_scale, softcap=softcap, sinks=sinks
+            )
+    else:
+        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+        out, lse = op.attention(q, k, v, mask.bounds, mask.causal, softmax_scale, softcap, sinks, "torch")
+    return (out, lse) if return_lse else out
+
+
+def _number(name: str, value: float) -> float:
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return float(value)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        if t.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
+        if t.ndim != 4 or 0 in t.shape:
+            raise ValueError(f"{name} must be a non-empty [B, S, H, D] tensor, got shape {tuple(t.shape)}")
+        if t.shape[3] > MAX_HEAD_DIM:
+            raise NotImplementedError(f"{name} has head dim {t.shape[3]}; at most {MAX_HEAD_DIM} is supported")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k and v must share a dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them alike")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise ValueError(f"q, k and v must share the batch size, got {q.shape[0]}, {k.shape[0]} and {v.shape[0]}")
+    if k.shape[1:3] != v.shape[1:3]:
+        raise ValueError(f"k and v must share length and heads, got {tuple(k.shape)} and {tuple(v.shape)}")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q and k must share the head dim, got {q.shape[3]} and {k.shape[3]}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"the heads of q must be a multiple of those of k and v, got {q.shape[2]} and {k.shape[2]}; "
+            "tensors are [B, S, H, D], so transpose(1, 2) those of Transformers"
+        )
+
+
+def _check_mask(
+    mask: ColumnMask | None, startend_row_indices: Tensor | None, causal: bool, q: Tensor, k: Tensor
+) -> ColumnMask:
+    (batch, q_len, heads_q, _), (_, kv_len, heads_kv, _) = q.shape, k.shape
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
+    if mask is None:
+        if startend_row_indices is None:
+            return (causal_mask if causal else full_mask)(kv_len, q_len=q_len, device=q.device)
+        mask = ColumnMask.from_startend_row_indices(startend_row_indices, causal=causal, q_len=q_len)
+    elif startend_row_indices is not None:
+        raise ValueError("give the mask once: either mask or startend_row_indices")
+    elif not isinstance(mask, ColumnMask):
+        hint = "; convert a dense mask with ColumnMask.from_dense(mask)" if isinstance(mask, Tensor) else ""
+        raise TypeError(f"mask must be a ColumnMask, got {type(mask).__name__}{hint}")
+    elif causal and not mask.causal:
+        raise ValueError("causal=True goes with startend_row_indices or no mask; this ColumnMask is not causal by itself")
+    if (mask.q_len, mask.kv_len) != (q_len, kv_len):
+        raise ValueError(
+            f"the mask is for {mask.q_len} queries x {mask.kv_len} keys, but q and k have {q_len} x {kv_len}"
+        )
+    if mask.shape[0] not in (1, batch):
+        raise ValueError(f"the mask's batch must be 1 or {batch}, got {mask.shape[0]}")
+    if mask.shape[1] not in (1, heads_kv, heads_q):
+        raise ValueError(
+            f"the mask's heads must be 1, {heads_kv} (those of k and v) or {heads_q} (those of q), got {mask.shape[1]}"
+        )
+    if mask.device != q.device:
+        raise ValueError(f"the mask is on {mask.device}, q on {q.device}; use mask.to(q.device)")
+    return mask

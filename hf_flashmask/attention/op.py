@@ -1,0 +1,104 @@
+"""The torch.library operators: schema, shapes for tracing, autograd. Imports torch only.
+
+One pair of operators serves every kernel backend; the backend's name is an argument, so a graph records what was
+chosen. A backend is a module with ``forward`` and ``backward`` as in ``torch_blocks``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_flashmask.masks import ColumnMask
+
+_MODULES = {"torch": "hf_flashmask.attention.torch_blocks"}
+
+
+def _backend(name: str) -> ModuleType:
+    return importlib.import_module(_MODULES[name])
+
+
+@torch.library.custom_op("hf_flashmask::attention", mutates_args=())
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Tensor,
+    causal: bool,
+    softmax_scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    mask = ColumnMask(bounds, causal=causal, q_len=q.shape[1])
+    # The caller chose the dtypes; autocast must not lower the arithmetic inside.
+    with torch.autocast(q.device.type, enabled=False):
+        out, lse = _backend(backend).forward(q, k, v, mask, softmax_scale, softcap, sinks)
+    return out, lse
+
+
+@attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, causal: bool, softmax_scale: float, softcap: float,
+    sinks: Tensor | None, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    batch, q_len, heads_q, _ = q.shape
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(batch, q_len, heads_q, v.shape[-1]), q.new_empty(batch, heads_q, q_len, dtype=lse_dtype)
+
+
+@torch.library.custom_op("hf_flashmask::attention_backward", mutates_args=())
+def attention_backward(
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bounds: Tensor,
+    causal: bool,
+    softmax_scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mask = ColumnMask(bounds, causal=causal, q_len=q.shape[1])
+    with torch.autocast(q.device.type, enabled=False):
+        dq, dk, dv, dsinks = _backend(backend).backward(
+            do, dlse, q, k, v, out, lse, mask, softmax_scale, softcap, sinks
+        )
+    return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
+
+
+@attention_backward.register_fake
+def _(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: Tensor,
+    causal: bool, softmax_scale: float, softcap: float, sinks: Tensor | None, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, bounds, ctx.causal, ctx.softmax_scale, ctx.softcap, sinks, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, bounds, sinks)
+
+
+def _backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, out, lse, bounds, sinks = ctx.saved_tensors
+    if do is None and dlse is None:
+        return (None,) * 9
+    do = torch.zeros_like(out) if do is None else do
+    dq, dk, dv, dsinks = attention_backward(
+        do, dlse, q, k, v, out, lse, bounds, ctx.causal, ctx.softmax_scale, ctx.softcap, sinks, ctx.backend
+    )
+    return dq, dk, dv, None, None, None, None, None if sinks is None else dsinks, None
+
+
+attention.register_autograd(_backward, setup_context=_setup_context)

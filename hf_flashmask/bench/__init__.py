@@ -1,0 +1,1 @@
+"""Measurements that users can repeat: what the README says comes from here."""

@@ -1,0 +1,22 @@
+"""attn_implementation="flashmask": how Transformers' masks and kwargs become ours."""
+
+from __future__ import annotations
+
+from .naming import NAME
+
+
+def register() -> None:
+    """Make "flashmask" an attention implementation of Transformers. Idempotent; ``import hf_flashmask`` calls it."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    from . import naming, packing
+    from .attention import flashmask_attention_forward
+    from .masking import flashmask_mask
+
+    naming.install()
+    packing.install()
+    AttentionInterface.register(NAME, flashmask_attention_forward)
+    AttentionMaskInterface.register(NAME, flashmask_mask)
+
+
+__all__ = ["NAME", "register"]

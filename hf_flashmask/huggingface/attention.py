@@ -1,0 +1,173 @@
+"""The attention function of ``attn_implementation="flashmask"``: kwargs in, backend out, unknown kwargs refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from hf_flashmask import masks
+from hf_flashmask.attention import flashmask_attention
+from hf_flashmask.masks import ColumnMask
+
+from .packing import BuiltMask, split_documents
+
+# What models hand to attention functions that has no bearing on the result here. Everything else that is set is
+# refused: a kernel that ignores an argument it does not know is silently wrong.
+_NO_EFFECT = frozenset(
+    {
+        "cache_position",
+        "fused_lm_head",
+        "is_first_forward",
+        "labels",
+        "layer_idx",
+        "logits_to_keep",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "past_key_values",
+        "position_embeddings",
+        "return_dict",
+        "seq_idx",
+        "token_type_ids",
+        "use_cache",
+    }
+)
+
+
+def flashmask_attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: ColumnMask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    output_attentions: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' attention interface.
+
+    Args:
+        query, key, value: ``[B, Hq, Sq, D]``, ``[B, Hkv, Sk, D]``, ``[B, Hkv, Sk, Dv]``.
+        attention_mask: what ``flashmask_mask`` made, a ``ColumnMask`` or a dense 4D mask of the user's, or None from
+            modules without masks (vision towers).
+        s_aux: attention sinks ``[Hq]``.
+
+    Returns:
+        ``([B, Sq, Hq, Dv], None)``.
+
+    Raises:
+        NotImplementedError: an argument that would change attention and is not supported.
+    """
+    where = type(module).__name__
+    if dropout:
+        raise NotImplementedError(
+            f"{where}: flashmask has no attention dropout, got {dropout}; set it to 0 in the model's config "
+            "(attention_dropout, attn_pdrop) or use attn_implementation='sdpa'"
+        )
+    if output_attentions:
+        raise NotImplementedError(
+            f"{where}: flashmask never forms attention weights, so output_attentions=True cannot be served; "
+            "use attn_implementation='eager' for them"
+        )
+    for name, given in kwargs.items():
+        if given is not None and given is not False and name not in _NO_EFFECT:
+            raise NotImplementedError(
+                f"{where}: flashmask does not know the attention argument {name!r} and will not ignore it; "
+                "use attn_implementation='eager' or 'sdpa' for this model or call"
+            )
+    if query.dtype == torch.float32 and torch.is_autocast_enabled(query.device.type):
+        # As sdpa under autocast; PEFT's float32 norms put float32 activations here.
+        lower = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (t.to(lower) for t in (query, key, value))
+
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if attention_mask is None:
+        mask: ColumnMask = _without_mask(module, q_len, kv_len, is_causal, sliding_window, query.device)
+    elif isinstance(attention_mask, ColumnMask):
+        mask = attention_mask
+    elif isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
+        mask = _from_dense(attention_mask)
+    else:
+        shape = f" of shape {tuple(attention_mask.shape)}" if isinstance(attention_mask, Tensor) else ""
+        raise TypeError(
+            f"{where}: attention_mask must be a ColumnMask, a dense 4D mask or None, got "
+            f"{type(attention_mask).__name__}{shape}"
+        )
+    if cu_seq_lens_q is not None and query.shape[0] != 1:
+        raise NotImplementedError(
+            f"{where}: cu_seq_lens_q describes one packed row, but the batch has {query.shape[0]}; "
+            "pack into one row or pass position_ids"
+        )
+    mask = split_documents(mask, position_ids, cu_seq_lens_q, cu_seq_lens_k)
+    out = flashmask_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        mask.to(query.device),
+        softmax_scale=scaling,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return out, None
+
+
+def _without_mask(
+    module: torch.nn.Module,
+    q_len: int,
+    kv_len: int,
+    is_causal: bool | None,
+    sliding_window: int | None,
+    device: torch.device,
+) -> ColumnMask:
+    """What a module that made no mask means: everything, or the causal triangle where it says so, as sdpa reads it."""
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if not is_causal or q_len == 1:
+        if sliding_window is not None and sliding_window < kv_len:
+            raise NotImplementedError(
+                f"{type(module).__name__}: sliding_window={sliding_window} without causality and without a mask is "
+                "ambiguous; pass a mask"
+            )
+        return masks.full(kv_len, q_len=q_len, device=device)
+    if q_len != kv_len:
+        raise NotImplementedError(
+            f"{type(module).__name__}: causal attention of {q_len} queries to {kv_len} keys without a mask is "
+            "ambiguous (aligned to the first or to the last key?); pass a mask"
+        )
+    mask = masks.causal(kv_len, device=device)
+    if sliding_window is not None:
+        mask = masks.sliding_window(kv_len, sliding_window, device=device)
+    return BuiltMask.of(mask, documents_known=False)
+
+
+# Dense masks by tensor: layers of one forward share the tensor, so it is converted once. A view is known by its base.
+_dense: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _from_dense(dense: Tensor) -> ColumnMask:
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "a dense 4D mask cannot be converted while torch.compile traces; convert it before the forward: "
+            "attention_mask=hf_flashmask.ColumnMask.from_dense(mask)"
+        )
+    base = dense if dense._base is None else dense._base
+    version = None if dense.is_inference() else dense._version
+    key = (version, tuple(dense.shape), dense.stride(), dense.storage_offset(), dense.dtype)
+    known = _dense.setdefault(base, {})
+    if key not in known:
+        known.clear()
+        known[key] = ColumnMask.from_dense(dense)
+    result: ColumnMask = known[key]
+    return result

@@ -1,0 +1,297 @@
+"""Transformers' mask functions to column bounds.
+
+Transformers describes a mask as a tree of closures over (batch, head, query, key). Every leaf that it ships lets a key
+be seen by one interval of queries which holds the key's own position, or by none. Such intervals stay intervals under
+"and" (intersection) and, because both hold the same position, under "or" (hull): the whole tree is evaluated to one
+interval per key, exactly, in O(N), without reading a value back from the device. Other leaves are probed row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import CodeType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import masking_utils
+
+from hf_flashmask.masks import ColumnMask
+from hf_flashmask.masks.convert import from_row_blocks
+
+from .packing import BuiltMask, Documents, documents_from_position_ids, take_position_ids
+
+# Beyond any position, and far from overflow when shifted.
+_FAR = 1 << 40
+
+
+class Rows(NamedTuple):
+    """Absolute query positions ``[first, end)`` that see each key: int64, broadcastable to ``[B, Sk]``. None: (FAR, -FAR)."""
+
+    first: Tensor
+    end: Tensor
+
+
+class _Keys(NamedTuple):
+    """The keys whose rows are asked for."""
+
+    position: Tensor  # int64 [Sk], absolute
+    origin: Tensor | None  # int64 [B|1, Sk]: where position 0 of the key's document lies; None: at 0
+
+
+def flashmask_mask(
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
+    attention_mask: Tensor | ColumnMask | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **_unused: Any,
+) -> ColumnMask:
+    """The mask interface of ``attn_implementation="flashmask"``; arguments as in ``transformers.masking_utils``.
+
+    Always returns a mask, never None: what "no mask" means depends on the caller's alignment.
+
+    Raises:
+        NotImplementedError: a custom mask function while torch.compile traces.
+        ValueError: a mask that column bounds cannot hold.
+    """
+    position_ids = take_position_ids()
+    if isinstance(attention_mask, ColumnMask):
+        if (attention_mask.q_len, attention_mask.kv_len) != (q_length, kv_length):
+            raise ValueError(
+                f"the ColumnMask given as attention_mask is for {attention_mask.q_len} queries x {attention_mask.kv_len} "
+                f"keys, but this forward has {q_length} x {kv_length}"
+            )
+        return attention_mask.to(device)
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(f"attention_mask must be 2-D or 4-D, got shape {tuple(attention_mask.shape)}")
+
+    # A cache that holds tokens already has positions that this call does not show, so packing is judged without one.
+    documents = None
+    if position_ids is not None and isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length:
+        documents = documents_from_position_ids(position_ids, q_length)
+    keys = _Keys(
+        torch.arange(kv_length, device=device) + kv_offset, None if documents is None else documents.start.to(device)
+    )
+    rows = _rows(mask_function, keys)
+    if rows is None:
+        if torch.compiler.is_compiling():
+            raise NotImplementedError(
+                f"mask function {_name(mask_function)} is not one of Transformers' own, so it must be probed, which "
+                "torch.compile cannot trace; pass the mask as attention_mask=hf_flashmask.ColumnMask.from_dense(...)"
+            )
+        mask = _probe(
+            mask_function, batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, use_vmap, device
+        )
+        return BuiltMask.of(mask if documents is None else mask & documents.mask(), documents is not None)
+    if attention_mask is not None:
+        padded = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        rows = _keep(rows, padded[:, kv_offset : kv_offset + kv_length].to(device=device, dtype=torch.bool))
+    if documents is not None:
+        rows = Rows(torch.maximum(rows.first, documents.start), torch.minimum(rows.end, documents.end))
+    lts = (rows.end - q_offset).clamp(0, q_length)
+    ute = (rows.first - q_offset).clamp(0, q_length)
+    lts, ute = torch.broadcast_tensors(lts, ute)
+    bounds = torch.stack((lts, ute), -2).to(torch.int32)  # [2, Sk] or [B, 2, Sk]
+    bounds = bounds.view(-1, 1, 2, kv_length)
+    return BuiltMask(bounds, causal=False, q_len=q_length, documents_known=documents is not None)
+
+
+# ---- the tree --------------------------------------------------------------------------------------------------
+
+
+def _code(factory_name: str, *args: Any) -> CodeType | None:
+    """The code that closures of a Transformers factory share; None where this release has no such factory."""
+    factory = getattr(masking_utils, factory_name, None)
+    return None if factory is None else factory(*args).__code__
+
+
+_CAUSAL = masking_utils.causal_mask_function.__code__
+_BIDIRECTIONAL = masking_utils.bidirectional_mask_function.__code__
+_AND = _code("and_masks", masking_utils.causal_mask_function)
+_OR = _code("or_masks", masking_utils.causal_mask_function)
+_WINDOW = _code("sliding_window_overlay", 1)
+_WINDOW_BOTH_WAYS = _code("sliding_window_bidirectional_overlay", 1)
+_CHUNKED = _code("chunked_overlay", 1, torch.zeros(1, dtype=torch.int64))
+_BLOCKWISE = _code("blockwise_overlay", torch.zeros(1, 1, dtype=torch.int64))
+_PADDING = _code("padding_mask_function", torch.ones(1, 1, dtype=torch.bool))
+_PACKED = _code("packed_sequence_mask_function", torch.zeros(1, 1, dtype=torch.int64))
+_REMAP = _code(
+    "remap_positions_for_packed_sequence", masking_utils.causal_mask_function, torch.zeros(1, 1, dtype=torch.int64)
+)
+
+
+def _cells(function: Callable[..., Any]) -> dict[str, Any]:
+    closure = function.__closure__ or ()  # type: ignore[attr-defined]
+    names = function.__code__.co_freevars  # type: ignore[attr-defined]
+    return {name: cell.cell_contents for name, cell in zip(names, closure, strict=True)}
+
+
+def _rows(function: Callable[..., Any], keys: _Keys) -> Rows | None:
+    """The rows that a mask function lets see each key, or None when a leaf is not one of Transformers' own."""
+    code = getattr(function, "__code__", None)
+    j = keys.position
+    if code is _CAUSAL:
+        return Rows(j, torch.full_like(j, _FAR))
+    if code is _BIDIRECTIONAL:
+        return Rows(torch.full_like(j, -_FAR), torch.full_like(j, _FAR))
+    if code is None:
+        return None
+    if code not in _LEAVES and code not in (_AND, _OR):
+        return None
+    cells = _cells(function)
+    if code is _AND:
+        return _intersection(cells["mask_functions"], keys)
+    if code is _OR:
+        parts = [_rows(part, keys) for part in cells["mask_functions"]]
+        known = [part for part in parts if part is not None]
+        return None if len(known) < len(parts) else Rows(*_reduce(known, torch.minimum, torch.maximum))
+    return _LEAVES[code](cells, keys)
+
+
+def _intersection(functions: tuple[Callable[..., Any], ...], keys: _Keys) -> Rows | None:
+    # Positions that were remapped per document only mean something inside the document, i.e. beside the packed leaf.
+    packed = any(getattr(f, "__code__", None) is _PACKED for f in functions)
+    parts = []
+    for function in functions:
+        if _REMAP is not None and getattr(function, "__code__", None) is _REMAP:
+            if not packed:
+                return None
+            cells = _cells(function)
+            j = keys.position
+            part = _rows(cells["mask_function"], _Keys(j, j - cells["position_ids"].to(j.device, torch.int64)))
+        else:
+            part = _rows(function, keys)
+        if part is None:
+            return None
+        parts.append(part)
+    return Rows(*_reduce(parts, torch.maximum, torch.minimum))
+
+
+def _reduce(parts: list[Rows], first: Callable[..., Tensor], end: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    a, b = parts[0]
+    for part in parts[1:]:
+        a, b = first(a, part.first), end(b, part.end)
+    return a, b
+
+
+def _keep(rows: Rows, kept: Tensor) -> Rows:
+    return Rows(torch.where(kept, rows.first, _FAR), torch.where(kept, rows.end, -_FAR))
+
+
+def _window(cells: dict[str, Any], keys: _Keys) -> Rows:
+    return Rows(torch.full_like(keys.position, -_FAR), keys.position + cells["sliding_window"])
+
+
+def _window_both_ways(cells: dict[str, Any], keys: _Keys) -> Rows:
+    return Rows(keys.position - cells["sliding_window"], keys.position + cells["sliding_window"] + 1)
+
+
+def _chunked(cells: dict[str, Any], keys: _Keys) -> Rows:
+    size, start = cells["chunk_size"], cells["left_padding"].to(keys.position.device, torch.int64)[:, None]
+    if keys.origin is not None:
+        # Chunks are counted from the document's beginning, wherever its row put it.
+        start = torch.maximum(start, keys.origin)
+    first = start + torch.div(keys.position - start, size, rounding_mode="floor") * size
+    return Rows(first, first + size)
+
+
+def _runs(values: Tensor, keys: _Keys) -> tuple[Tensor, Tensor, Tensor]:
+    """First and end of the run of equal values that each key is in, and the values at the keys; int64 ``[B, Sk]``."""
+    values = values.to(keys.position.device)
+    n = values.shape[1]
+    token = torch.arange(n, device=values.device).expand_as(values)
+    new = torch.ones_like(values, dtype=torch.bool)
+    new[:, 1:] = values[:, 1:] != values[:, :-1]
+    first = torch.where(new, token, 0).cummax(-1).values
+    following = torch.cat((torch.where(new, token, n)[:, 1:], torch.full_like(token[:, :1], n)), 1)
+    end = following.flip(-1).cummin(-1).values.flip(-1)
+    at = keys.position.clamp(max=n - 1)
+    return first[:, at], end[:, at], values[:, at]
+
+
+def _packed(cells: dict[str, Any], keys: _Keys) -> Rows:
+    # Document numbers only grow along a row (a cumulative sum), so equal numbers are neighbours.
+    first, end, _ = _runs(cells["packed_sequence_mask"], keys)
+    return Rows(first, end)
+
+
+def _blockwise(cells: dict[str, Any], keys: _Keys) -> Rows | None:
+    ids = cells["block_sequence_ids"]
+    inside = ids >= 0
+    first, end, values = _runs(ids, keys)
+    # One run a block is what makes it an interval: block numbers at the runs' first tokens must differ.
+    token = torch.arange(ids.shape[1], device=ids.device)
+    opens = torch.ones_like(inside)
+    opens[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    marks = torch.where(opens & inside, ids, -1 - token).sort(-1).values
+    consecutive = (marks[:, 1:] != marks[:, :-1]).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(consecutive, "flashmask under torch.compile: a block of block_sequence_ids is in pieces")
+    elif not bool(consecutive):
+        return None
+    return _keep(Rows(first, end), values >= 0)
+
+
+def _padding(cells: dict[str, Any], keys: _Keys) -> Rows:
+    kept = cells["padding_mask"].to(keys.position.device, torch.bool)[:, keys.position]
+    everywhere = torch.full_like(keys.position, _FAR)
+    return _keep(Rows(-everywhere, everywhere), kept)
+
+
+_LEAVES: dict[CodeType | None, Callable[[dict[str, Any], _Keys], Rows | None]] = {
+    _WINDOW: _window,
+    _WINDOW_BOTH_WAYS: _window_both_ways,
+    _CHUNKED: _chunked,
+    _BLOCKWISE: _blockwise,
+    _PADDING: _padding,
+    _PACKED: _packed,
+}
+
+
+# ---- anything else ---------------------------------------------------------------------------------------------
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', repr(function))}"
+
+
+def _probe(
+    function: Callable[..., Any],
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    attention_mask: Tensor | None,
+    use_vmap: bool,
+    device: torch.device | str,
+) -> ColumnMask:
+    """Evaluate every entry as Transformers does, a block of rows at a time: O(Sq x Sk) time, O(Sk) memory."""
+
+    def masked(first: int, last: int) -> Tensor:
+        visible = masking_utils.sdpa_mask(
+            batch_size=batch_size,
+            q_length=last - first,
+            kv_length=kv_length,
+            q_offset=q_offset + first,
+            kv_offset=kv_offset,
+            mask_function=function,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+            use_vmap=use_vmap,
+            device=device,
+        )
+        return ~visible
+
+    shape = (batch_size, 1, q_length, kv_length)
+    return from_row_blocks(shape, masked, torch.device(device), what=f"the mask of {_name(function)}")
+
+
+__all__ = ["Documents", "flashmask_mask"]

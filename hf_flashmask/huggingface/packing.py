@@ -1,0 +1,159 @@
+"""Packed rows: documents recovered wherever Transformers drops them.
+
+Transformers separates packed documents only when position_ids reach its mask creation and there is neither an
+attention_mask nor a cache; ``use_cache=True``, a mask of ones, or a model that does not pass position_ids (gpt-oss, OPT)
+lets documents see each other. Here they are read from what the attention function receives (``cu_seq_lens_q``,
+``position_ids``), and from what mask creation was given.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_flashmask.masks import ColumnMask
+
+from .naming import NAME
+
+
+class Documents(NamedTuple):
+    """Rows ``[start, end)`` of the document that each key is in: int64 ``[B|1, S]``."""
+
+    start: Tensor
+    end: Tensor
+
+    def mask(self) -> ColumnMask:
+        bounds = torch.stack((self.end, self.start), 1).unsqueeze(1).to(torch.int32)
+        return ColumnMask(bounds, causal=False)
+
+    def restrict(self, mask: ColumnMask) -> ColumnMask:
+        """The mask, seen only inside documents."""
+        if mask.causal or mask.bounds.shape[2] != 2:
+            return mask & self.mask()
+        # Visible rows are one interval [UTE, LTS): cut it to the document, on the device, without reading it.
+        lts, ute = mask.bounds.unbind(2)
+        start, end = (t.to(mask.device, torch.int32).unsqueeze(1) for t in self)
+        vectors = torch.broadcast_tensors(torch.minimum(lts, end), torch.maximum(ute, start))
+        return ColumnMask(torch.stack(vectors, 2), causal=False, q_len=mask.q_len)
+
+
+class BuiltMask(ColumnMask):
+    """A mask that was built from Transformers' mask functions: the row's documents may still have to be told apart.
+
+    Masks that a user gives are final; position_ids never change them (a prefix tree repeats positions on purpose).
+    """
+
+    __slots__ = ("documents_known",)
+
+    def __init__(self, bounds: Tensor, *, causal: bool, q_len: int | None = None, documents_known: bool = False) -> None:
+        super().__init__(bounds, causal=causal, q_len=q_len)
+        self.documents_known = documents_known
+
+    @classmethod
+    def of(cls, mask: ColumnMask, documents_known: bool) -> BuiltMask:
+        return cls(mask.bounds, causal=mask.causal, q_len=mask.q_len, documents_known=documents_known)
+
+    def _moved(self, bounds: Tensor) -> BuiltMask:
+        return BuiltMask(bounds, causal=self.causal, q_len=self.q_len, documents_known=self.documents_known)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.bounds, self.causal, self.q_len, self.documents_known)
+
+
+def _rebuild(bounds: Tensor, causal: bool, q_len: int, documents_known: bool) -> BuiltMask:
+    return BuiltMask(bounds, causal=causal, q_len=q_len, documents_known=documents_known)
+
+
+def documents_from_position_ids(position_ids: Tensor, seq_len: int) -> Documents | None:
+    """A document begins at every position 0, the rule of Transformers' own FlashAttention path.
+
+    None for positions that say nothing of the row: multi-axis (mRoPE) ones and those of another length.
+    """
+    if position_ids.ndim != 2 or position_ids.shape[1] != seq_len or position_ids.is_floating_point():
+        return None
+    token = torch.arange(seq_len, device=position_ids.device).expand_as(position_ids)
+    new = position_ids == 0
+    start = torch.where(new, token, 0).cummax(-1).values
+    following = torch.cat((torch.where(new, token, seq_len)[:, 1:], torch.full_like(token[:, :1], seq_len)), 1)
+    return Documents(start, following.flip(-1).cummin(-1).values.flip(-1))
+
+
+def documents_from_cu_seqlens(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q_len: int, kv_len: int) -> Documents:
+    """Keys of the k-th sequence belong to the queries of the k-th; tokens after the last form one more."""
+    device = cu_seqlens_q.device
+    ends_q = torch.cat((cu_seqlens_q.to(torch.int64), torch.tensor([q_len], device=device)))
+    at = torch.searchsorted(cu_seqlens_k[1:].to(torch.int64), torch.arange(kv_len, device=device), right=True)
+    return Documents(ends_q[at][None], ends_q[at + 1][None])
+
+
+def split_documents(
+    mask: ColumnMask, position_ids: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
+) -> ColumnMask:
+    """The mask cut to the documents that the attention kwargs tell of; once a forward, whatever the number of layers.
+
+    ``cu_seqlens`` always hold; ``position_ids`` only for a mask of Transformers' that does not know its documents yet.
+    """
+    if cu_seqlens_q is not None:
+        given = (cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k)
+        return _once(mask, given, lambda: documents_from_cu_seqlens(*given, mask.q_len, mask.kv_len))
+    undecided = isinstance(mask, BuiltMask) and not mask.documents_known and mask.q_len == mask.kv_len
+    if undecided and position_ids is not None:
+        return _once(mask, (position_ids,), lambda: documents_from_position_ids(position_ids, mask.q_len))
+    return mask
+
+
+def _once(mask: ColumnMask, given: tuple[Tensor, ...], documents: Any) -> ColumnMask:
+    # Layers share the mask and the tensors; holding the tensors keeps their ids from being reused.
+    known = mask._cache.get("documents")
+    if known is None or len(known[0]) != len(given) or any(a is not b for a, b in zip(known[0], given, strict=True)):
+        found = documents()
+        known = (given, mask if found is None else found.restrict(mask))
+        mask._cache["documents"] = known
+    result: ColumnMask = known[1]
+    return result
+
+
+# ---- position_ids that mask creation was given but does not hand on ---------------------------------------------
+
+_local = threading.local()
+
+
+def take_position_ids() -> Tensor | None:
+    """The position_ids of the mask creation under way; they are taken, so a later call never sees them."""
+    position_ids: Tensor | None = getattr(_local, "position_ids", None)
+    _local.position_ids = None
+    return position_ids
+
+
+def install() -> None:
+    """Let ``transformers.masking_utils._preprocess_mask_arguments`` note its position_ids for our mask. Idempotent.
+
+    Read in 5.17 and 5.23, where it drops them beside a cache or a mask. Can go when mask interfaces receive them.
+    """
+    from transformers import masking_utils
+
+    stock = masking_utils._preprocess_mask_arguments
+    if hasattr(stock, "_hf_flashmask"):
+        return
+    names = ["config", "inputs_embeds", "attention_mask", "past_key_values", "position_ids"]
+    if list(inspect.signature(stock).parameters)[: len(names)] != names:
+        raise ImportError(
+            "this release of transformers has another masking_utils._preprocess_mask_arguments than hf_flashmask knows; "
+            "install transformers==5.23.0 or a newer hf-flashmask"
+        )
+
+    @functools.wraps(stock)
+    def _preprocess_mask_arguments(
+        config: Any, inputs_embeds: Any, attention_mask: Any, past_key_values: Any, position_ids: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if config._attn_implementation == NAME:
+            _local.position_ids = position_ids
+        return stock(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs)
+
+    _preprocess_mask_arguments._hf_flashmask = True  # type: ignore[attr-defined]
+    masking_utils._preprocess_mask_arguments = _preprocess_mask_arguments
