@@ -20,7 +20,7 @@ def _demo(args: argparse.Namespace) -> None:
     from hf_flashmask.bench import demo
 
     setup = demo.Setup(row_len=args.row_len, steps=args.steps, threads=args.threads)
-    print("Training three times (flashmask packed; eager one by one; sdpa packed), two minutes or so on two CPU cores.")
+    print("Three small trainings on GSM8K, about two minutes on two CPU cores.")
     print("\n" + demo.demo(args.out, setup))
     print(f"\nwrote {args.out}")
 

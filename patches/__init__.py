@@ -1,5 +1,5 @@
 """What hf-flashmask changes in other libraries: one module per target, opt-in, idempotent and reversible.
 
-Installed as ``hf_flashmask.patches``. No library needs a patch so far: ``attn_implementation="flashmask"`` is registered by
-``import hf_flashmask``, and TRL's packed SFT works as it is.
+Installed as ``hf_flashmask.patches``. No library needs a patch so far: ``import hf_flashmask`` registers
+``attn_implementation="flashmask"``, and TRL's packed SFT works as it is.
 """

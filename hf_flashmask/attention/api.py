@@ -15,7 +15,7 @@ from hf_flashmask.masks import full as full_mask
 from . import op, reference
 
 BACKENDS = ("auto", "reference", "torch")
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512  # Gemma 4 has global layers of 512
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -52,9 +52,9 @@ def flashmask_attention(
     """Exact attention under a column mask, skipping what it hides. Differentiable in q, k, v and sinks.
 
     Args:
-        q: ``[B, Sq, Hq, D]``; float16, bfloat16, float32 or float64; D up to 256.
+        q: ``[B, Sq, Hq, D]``; float16, bfloat16, float32 or float64; D up to 512.
         k: ``[B, Sk, Hkv, D]``, Hkv a divisor of Hq (grouped or multi-query attention).
-        v: ``[B, Sk, Hkv, Dv]``, Dv up to 256 and not necessarily D.
+        v: ``[B, Sk, Hkv, Dv]``, Dv up to 512 and not necessarily D.
         mask: which pairs are visible; batch 1 or B, heads 1, Hkv or Hq. None with no ``startend_row_indices`` means
             all of them, or the causal triangle with ``causal=True``.
         startend_row_indices: int32 ``[B|1, Hm|1, Sk, C]`` as in Paddle, instead of ``mask``.
@@ -83,7 +83,9 @@ def flashmask_attention(
     softcap = 0.0 if softcap is None else float(softcap)
     if sinks is not None:
         if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
-            raise TypeError(f"sinks must be a floating-point tensor, got {getattr(sinks, 'dtype', type(sinks).__name__)}")
+            raise TypeError(
+                f"sinks must be a floating-point tensor, got {getattr(sinks, 'dtype', type(sinks).__name__)}"
+            )
         if sinks.shape != (q.shape[2],) or sinks.device != q.device:
             raise ValueError(
                 f"sinks must be [Hq] = [{q.shape[2]}] on {q.device}, got {tuple(sinks.shape)} on {sinks.device}"
@@ -92,9 +94,7 @@ def flashmask_attention(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "reference":
         with torch.autocast(q.device.type, enabled=False):
-            out, lse = reference.attention(
-                q, k, v, mask, softmax_scale=softmax_scale, softcap=softcap, sinks=sinks
-            )
+            out, lse = reference.attention(q, k, v, mask, softmax_scale=softmax_scale, softcap=softcap, sinks=sinks)
     else:
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
         out, lse = op.attention(q, k, v, mask.bounds, mask.causal, softmax_scale, softcap, sinks, "torch")
@@ -150,7 +150,9 @@ def _check_mask(
         hint = "; convert a dense mask with ColumnMask.from_dense(mask)" if isinstance(mask, Tensor) else ""
         raise TypeError(f"mask must be a ColumnMask, got {type(mask).__name__}{hint}")
     elif causal and not mask.causal:
-        raise ValueError("causal=True goes with startend_row_indices or no mask; this ColumnMask is not causal by itself")
+        raise ValueError(
+            "causal=True goes with startend_row_indices or no mask; this ColumnMask is not causal by itself"
+        )
     if (mask.q_len, mask.kv_len) != (q_len, kv_len):
         raise ValueError(
             f"the mask is for {mask.q_len} queries x {mask.kv_len} keys, but q and k have {q_len} x {kv_len}"

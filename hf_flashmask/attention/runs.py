@@ -8,6 +8,7 @@ causal documents come out as one causal square each; what is left is cut into bl
 from __future__ import annotations
 
 import enum
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,10 @@ class RowBlock(NamedTuple):
     last: int
     runs: tuple[Run, ...]
 
+    def extent(self) -> int:
+        """The larger of its number of rows and the columns of its widest run."""
+        return max(self.last - self.first, *(run.last - run.first for run in self.runs))
+
 
 class RunPlan(NamedTuple):
     """Runs of every mask of a ``ColumnMask``: ``blocks[b][h]`` for its own batch rows and heads."""
@@ -61,9 +66,7 @@ def plan_runs(mask: ColumnMask, block_m: int, block_n: int, *, squares: bool) ->
     batch, heads = mask.shape[:2]
     return RunPlan(
         tuple(
-            tuple(
-                _Planner(start[b, h], end[b, h], mask.q_len, block_m, block_n, squares).plan() for h in range(heads)
-            )
+            tuple(_Planner(start[b, h], end[b, h], mask.q_len, block_m, block_n, squares).plan() for h in range(heads))
             for b in range(batch)
         )
     )
@@ -93,14 +96,14 @@ class _Planner:
     def plan(self) -> tuple[RowBlock, ...]:
         blocks = []
         cuts = self._natural_cuts() if self.squares else [0, self.q_len]
-        for first, last in zip(cuts, cuts[1:], strict=False):
+        for first, last in pairwise(cuts):
             whole = self._exact(first, last) if self.squares else None
             if whole is not None:
                 blocks.append(whole)
                 continue
             n = -(-(last - first) // self.block_m)
             edges = [first + (last - first) * i // n for i in range(n + 1)]
-            blocks += [self._block(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+            blocks += [self._block(a, b) for a, b in pairwise(edges)]
         return tuple(b for b in blocks if b.runs)
 
     def _natural_cuts(self) -> list[int]:
@@ -118,7 +121,7 @@ class _Planner:
             # Scattered columns: decide by groups of _MIN_COLUMNS instead.
             edges = [*range(0, state.numel(), _MIN_COLUMNS), state.numel()]
         runs = []
-        for a, b in zip(edges, edges[1:], strict=False):
+        for a, b in pairwise(edges):
             kinds = state[a:b]
             low, high = int(kinds.min()), int(kinds.max())
             runs.append(Run(a, b, Kind(low) if low == high else Kind.MIXED))
@@ -196,4 +199,4 @@ class _Planner:
         n = -(-(run.last - run.first) // self.block_n)
         width = run.last - run.first
         edges = [run.first + width * i // n for i in range(n + 1)]
-        return [Run(a, b, run.kind) for a, b in zip(edges, edges[1:], strict=False)]
+        return [Run(a, b, run.kind) for a, b in pairwise(edges)]

@@ -24,8 +24,8 @@ _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 _BLOCK_M, _BLOCK_N = 256, 2048
 # The matmul path holds the scores of a run for all heads, so its runs are narrower.
 _MATMUL_BLOCK_N = 512
-# Elements of one partial result for each thread (1 MiB in float32): large runs take a few heads at a time.
-_PART_ELEMENTS = 1 << 18
+# Elements of one partial result for each thread (512 KiB in float32): large runs take a few heads at a time.
+_PART_ELEMENTS = 1 << 17
 
 
 class _View(NamedTuple):
@@ -78,13 +78,14 @@ def _views(mask: ColumnMask, plan: RunPlan, batch: int, heads_q: int, heads_kv: 
     for b in range(mask_batch):
         rows = slice(0, batch) if mask_batch == 1 else slice(b, b + 1)
         for h in range(mask_heads):
-            shared = (plan.blocks[b][h], start[b, h], end[b, h])
+            blocks = plan.blocks[b][h]
+            shared = (blocks, start[b, h], end[b, h])
             if mask_heads > 1:
                 n = heads_q // mask_heads
                 first_kv = h * n // group
                 yield _View(rows, slice(h * n, (h + 1) * n), slice(first_kv, first_kv + 1), *shared)
                 continue
-            widest = max((max(x.last - x.first for x in (block, *block.runs)) for block in shared[0]), default=1)
+            widest = max((block.extent() for block in blocks), default=1)
             for rows_part, kv in _parts(rows, heads_kv, group, group * widest * head_dim):
                 yield _View(rows_part, slice(kv.start * group, kv.stop * group), kv, *shared)
 
@@ -121,7 +122,9 @@ def _bias(hidden: Tensor | None, like: Tensor) -> Tensor | None:
     return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)
 
 
-def _fused_run(q: Tensor, k: Tensor, v: Tensor, kind: Kind, hidden: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _fused_run(
+    q: Tensor, k: Tensor, v: Tensor, kind: Kind, hidden: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     out, lse = _fused(
         q, _expand(k, q), _expand(v, q), 0.0, kind == Kind.CAUSAL, attn_mask=_bias(hidden, q), scale=scale
     )
@@ -198,7 +201,10 @@ def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: ColumnMask, softmax_scale: float, softcap: float, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """q ``[B, Sq, Hq, D]``, k ``[B, Sk, Hkv, D]``, v ``[B, Sk, Hkv, Dv]`` to out ``[B, Sq, Hq, Dv]``, lse ``[B, Hq, Sq]``."""
+    """q ``[B, Sq, Hq, D]``, k ``[B, Sk, Hkv, D]``, v ``[B, Sk, Hkv, Dv]`` to out ``[B, Sq, Hq, Dv]`` and lse.
+
+    lse is ``[B, Hq, Sq]``, float32, or float64 for float64 inputs.
+    """
     batch, q_len, heads_q, _ = q.shape
     head_dim_v = v.shape[-1]
     fused = q.device.type == "cpu" and not softcap

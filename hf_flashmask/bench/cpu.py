@@ -80,7 +80,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
 
 def _one_by_one(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
     parts = zip(*(t.split(lengths, 1) for t in (q, k, v)), strict=True)
-    return torch.cat([_sdpa(*part, None, True) for part in parts], 1)
+    return torch.cat([_sdpa(qd, kd, vd, None, True) for qd, kd, vd in parts], 1)
 
 
 def report(setup: Setup) -> str:
@@ -90,7 +90,9 @@ def report(setup: Setup) -> str:
     rows = []
     for method, result in results.items():
         error = float((result.out - dense.out).abs().max())
-        share = "" if None in (result.peak_growth, dense.peak_growth) else f"{result.peak_growth / dense.peak_growth:.2f}"  # type: ignore[operator]
+        share = (
+            "" if not (result.peak_growth and dense.peak_growth) else f"{result.peak_growth / dense.peak_growth:.2f}"
+        )
         rows.append(
             (
                 method,

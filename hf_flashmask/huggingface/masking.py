@@ -18,15 +18,16 @@ from transformers import masking_utils
 
 from hf_flashmask.masks import ColumnMask
 from hf_flashmask.masks.convert import from_row_blocks
+from hf_flashmask.masks.intervals import run_spans
 
-from .packing import BuiltMask, Documents, documents_from_position_ids, take_position_ids
+from .packing import BuiltMask, documents_from_position_ids, take_position_ids
 
 # Beyond any position, and far from overflow when shifted.
 _FAR = 1 << 40
 
 
 class Rows(NamedTuple):
-    """Absolute query positions ``[first, end)`` that see each key: int64, broadcastable to ``[B, Sk]``. None: (FAR, -FAR)."""
+    """Absolute query positions ``[first, end)`` that see each key: int64, broadcastable to ``[B, Sk]``."""
 
     first: Tensor
     end: Tensor
@@ -64,8 +65,8 @@ def flashmask_mask(
     if isinstance(attention_mask, ColumnMask):
         if (attention_mask.q_len, attention_mask.kv_len) != (q_length, kv_length):
             raise ValueError(
-                f"the ColumnMask given as attention_mask is for {attention_mask.q_len} queries x {attention_mask.kv_len} "
-                f"keys, but this forward has {q_length} x {kv_length}"
+                f"the ColumnMask given as attention_mask is for {attention_mask.q_len} queries x "
+                f"{attention_mask.kv_len} keys, but this forward has {q_length} x {kv_length}"
             )
         return attention_mask.to(device)
     if attention_mask is not None and attention_mask.ndim != 2:
@@ -90,8 +91,10 @@ def flashmask_mask(
         )
         return BuiltMask.of(mask if documents is None else mask & documents.mask(), documents is not None)
     if attention_mask is not None:
-        padded = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
-        rows = _keep(rows, padded[:, kv_offset : kv_offset + kv_length].to(device=device, dtype=torch.bool))
+        # A static cache is longer than the tokens seen so far: what the mask does not reach is not there yet.
+        missing = max(0, kv_offset + kv_length - attention_mask.shape[1])
+        kept = torch.nn.functional.pad(attention_mask.to(device=device, dtype=torch.bool), (0, missing))
+        rows = _keep(rows, kept[:, kv_offset : kv_offset + kv_length])
     if documents is not None:
         rows = Rows(torch.maximum(rows.first, documents.start), torch.minimum(rows.end, documents.end))
     lts = (rows.end - q_offset).clamp(0, q_length)
@@ -142,16 +145,16 @@ def _rows(function: Callable[..., Any], keys: _Keys) -> Rows | None:
         return Rows(torch.full_like(j, -_FAR), torch.full_like(j, _FAR))
     if code is None:
         return None
-    if code not in _LEAVES and code not in (_AND, _OR):
-        return None
-    cells = _cells(function)
     if code is _AND:
-        return _intersection(cells["mask_functions"], keys)
+        return _intersection(_cells(function)["mask_functions"], keys)
     if code is _OR:
-        parts = [_rows(part, keys) for part in cells["mask_functions"]]
+        parts = [_rows(part, keys) for part in _cells(function)["mask_functions"]]
         known = [part for part in parts if part is not None]
         return None if len(known) < len(parts) else Rows(*_reduce(known, torch.minimum, torch.maximum))
-    return _LEAVES[code](cells, keys)
+    for leaf, rule in _LEAVES:
+        if code is leaf:
+            return rule(_cells(function), keys)
+    return None
 
 
 def _intersection(functions: tuple[Callable[..., Any], ...], keys: _Keys) -> Rows | None:
@@ -201,41 +204,32 @@ def _chunked(cells: dict[str, Any], keys: _Keys) -> Rows:
     return Rows(first, first + size)
 
 
-def _runs(values: Tensor, keys: _Keys) -> tuple[Tensor, Tensor, Tensor]:
-    """First and end of the run of equal values that each key is in, and the values at the keys; int64 ``[B, Sk]``."""
-    values = values.to(keys.position.device)
-    n = values.shape[1]
-    token = torch.arange(n, device=values.device).expand_as(values)
+def _changes(values: Tensor) -> Tensor:
     new = torch.ones_like(values, dtype=torch.bool)
     new[:, 1:] = values[:, 1:] != values[:, :-1]
-    first = torch.where(new, token, 0).cummax(-1).values
-    following = torch.cat((torch.where(new, token, n)[:, 1:], torch.full_like(token[:, :1], n)), 1)
-    end = following.flip(-1).cummin(-1).values.flip(-1)
-    at = keys.position.clamp(max=n - 1)
-    return first[:, at], end[:, at], values[:, at]
+    return new
 
 
 def _packed(cells: dict[str, Any], keys: _Keys) -> Rows:
     # Document numbers only grow along a row (a cumulative sum), so equal numbers are neighbours.
-    first, end, _ = _runs(cells["packed_sequence_mask"], keys)
-    return Rows(first, end)
+    first, end = run_spans(_changes(cells["packed_sequence_mask"].to(keys.position.device)))
+    return Rows(first[:, keys.position], end[:, keys.position])
 
 
 def _blockwise(cells: dict[str, Any], keys: _Keys) -> Rows | None:
-    ids = cells["block_sequence_ids"]
-    inside = ids >= 0
-    first, end, values = _runs(ids, keys)
+    ids = cells["block_sequence_ids"].to(keys.position.device)
+    new = _changes(ids)
+    first, end = run_spans(new)
     # One run a block is what makes it an interval: block numbers at the runs' first tokens must differ.
     token = torch.arange(ids.shape[1], device=ids.device)
-    opens = torch.ones_like(inside)
-    opens[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    marks = torch.where(opens & inside, ids, -1 - token).sort(-1).values
+    marks = torch.where(new & (ids >= 0), ids, -1 - token).sort(-1).values
     consecutive = (marks[:, 1:] != marks[:, :-1]).all()
     if torch.compiler.is_compiling():
         torch._assert_async(consecutive, "flashmask under torch.compile: a block of block_sequence_ids is in pieces")
     elif not bool(consecutive):
         return None
-    return _keep(Rows(first, end), values >= 0)
+    at = keys.position
+    return _keep(Rows(first[:, at], end[:, at]), ids[:, at] >= 0)
 
 
 def _padding(cells: dict[str, Any], keys: _Keys) -> Rows:
@@ -244,14 +238,15 @@ def _padding(cells: dict[str, Any], keys: _Keys) -> Rows:
     return _keep(Rows(-everywhere, everywhere), kept)
 
 
-_LEAVES: dict[CodeType | None, Callable[[dict[str, Any], _Keys], Rows | None]] = {
-    _WINDOW: _window,
-    _WINDOW_BOTH_WAYS: _window_both_ways,
-    _CHUNKED: _chunked,
-    _BLOCKWISE: _blockwise,
-    _PADDING: _padding,
-    _PACKED: _packed,
-}
+# Pairs, not a dict: torch.compile cannot guard a dict with code objects for keys.
+_LEAVES: tuple[tuple[CodeType | None, Callable[[dict[str, Any], _Keys], Rows | None]], ...] = (
+    (_WINDOW, _window),
+    (_WINDOW_BOTH_WAYS, _window_both_ways),
+    (_CHUNKED, _chunked),
+    (_BLOCKWISE, _blockwise),
+    (_PADDING, _padding),
+    (_PACKED, _packed),
+)
 
 
 # ---- anything else ---------------------------------------------------------------------------------------------
@@ -275,11 +270,11 @@ def _probe(
     """Evaluate every entry as Transformers does, a block of rows at a time: O(Sq x Sk) time, O(Sk) memory."""
 
     def masked(first: int, last: int) -> Tensor:
-        visible = masking_utils.sdpa_mask(
+        visible: Any = masking_utils.sdpa_mask(
             batch_size=batch_size,
             q_length=last - first,
             kv_length=kv_length,
-            q_offset=q_offset + first,
+            q_offset=q_offset + first,  # type: ignore[arg-type]
             kv_offset=kv_offset,
             mask_function=function,
             attention_mask=attention_mask,
@@ -292,6 +287,3 @@ def _probe(
 
     shape = (batch_size, 1, q_length, kv_length)
     return from_row_blocks(shape, masked, torch.device(device), what=f"the mask of {_name(function)}")
-
-
-__all__ = ["Documents", "flashmask_mask"]

@@ -1,7 +1,7 @@
 """How the name "flashmask" lives beside Transformers' checks for "flash".
 
-Transformers (5.17 to 5.23 read) takes every attention name that contains "flash" for a build of FlashAttention: it tries
-to import one, swaps the name for another in gpt-oss-like models, refuses chunked attention, and maps it to
+Transformers (5.17 to 5.23 read) takes every attention name that contains "flash" for a build of FlashAttention: it
+tries to import one, swaps the name for another in gpt-oss-like models, refuses chunked attention, and maps it to
 FlashAttention-2 classes in falcon-like models. All of that asks one function, so that function learns one exception.
 It is changed in place because some seventy modules hold it by name. Can go when Transformers asks the registry
 instead of the name.
@@ -55,16 +55,17 @@ def install() -> None:
     if not hasattr(check, "_hf_flashmask"):
 
         @functools.wraps(check)
-        def get_correct_attn_implementation(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
+        def get_correct_attn_implementation(
+            self: Any, requested_attention: str | None, *args: Any, **kwargs: Any
+        ) -> str:
             if requested_attention == NAME and (reason := unsupported(type(self))):
                 raise NotImplementedError(reason)
             return check(self, requested_attention, *args, **kwargs)
 
         get_correct_attn_implementation._hf_flashmask = True  # type: ignore[attr-defined]
-        PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
+        PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation  # type: ignore[method-assign]
 
 
-@functools.cache
 def unsupported(model_class: type) -> str | None:
     """Why a model class cannot run flashmask, or None. The rule is Transformers' own: its source has attention modules
     and none asks the attention interface."""
@@ -78,6 +79,6 @@ def unsupported(model_class: type) -> str | None:
         return None
     return (
         f'{model_class.__name__} does not support attn_implementation="{NAME}": it computes attention itself instead of '
-        "through Transformers' attention interface. Use attn_implementation='eager' or 'sdpa' for it; in a composite "
-        "model give each part its own, e.g. attn_implementation={'text_config': 'flashmask', 'vision_config': 'sdpa'}"
+        "through Transformers' attention interface. Use attn_implementation='eager' or 'sdpa' for it; in a "
+        "composite model give each part its own, e.g. attn_implementation={'text_config': 'flashmask', 'vision_config': 'sdpa'}"
     )

@@ -1,8 +1,8 @@
 """Packed rows: documents recovered wherever Transformers drops them.
 
 Transformers separates packed documents only when position_ids reach its mask creation and there is neither an
-attention_mask nor a cache; ``use_cache=True``, a mask of ones, or a model that does not pass position_ids (gpt-oss, OPT)
-lets documents see each other. Here they are read from what the attention function receives (``cu_seq_lens_q``,
+attention_mask nor a cache. ``use_cache=True``, a mask of ones, or a model that does not pass position_ids on (gpt-oss,
+OPT) lets documents see each other. Here they are read from what the attention function receives (``cu_seq_lens_q``,
 ``position_ids``), and from what mask creation was given.
 """
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_flashmask.masks import ColumnMask
+from hf_flashmask.masks.intervals import run_spans
 
 from .naming import NAME
 
@@ -50,7 +51,9 @@ class BuiltMask(ColumnMask):
 
     __slots__ = ("documents_known",)
 
-    def __init__(self, bounds: Tensor, *, causal: bool, q_len: int | None = None, documents_known: bool = False) -> None:
+    def __init__(
+        self, bounds: Tensor, *, causal: bool, q_len: int | None = None, documents_known: bool = False
+    ) -> None:
         super().__init__(bounds, causal=causal, q_len=q_len)
         self.documents_known = documents_known
 
@@ -76,11 +79,7 @@ def documents_from_position_ids(position_ids: Tensor, seq_len: int) -> Documents
     """
     if position_ids.ndim != 2 or position_ids.shape[1] != seq_len or position_ids.is_floating_point():
         return None
-    token = torch.arange(seq_len, device=position_ids.device).expand_as(position_ids)
-    new = position_ids == 0
-    start = torch.where(new, token, 0).cummax(-1).values
-    following = torch.cat((torch.where(new, token, seq_len)[:, 1:], torch.full_like(token[:, :1], seq_len)), 1)
-    return Documents(start, following.flip(-1).cummin(-1).values.flip(-1))
+    return Documents(*run_spans(position_ids == 0))
 
 
 def documents_from_cu_seqlens(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q_len: int, kv_len: int) -> Documents:
@@ -143,13 +142,19 @@ def install() -> None:
     names = ["config", "inputs_embeds", "attention_mask", "past_key_values", "position_ids"]
     if list(inspect.signature(stock).parameters)[: len(names)] != names:
         raise ImportError(
-            "this release of transformers has another masking_utils._preprocess_mask_arguments than hf_flashmask knows; "
-            "install transformers==5.23.0 or a newer hf-flashmask"
+            "this release of transformers has another masking_utils._preprocess_mask_arguments than hf_flashmask "
+            "knows; install transformers==5.23.0 or a newer hf-flashmask"
         )
 
     @functools.wraps(stock)
     def _preprocess_mask_arguments(
-        config: Any, inputs_embeds: Any, attention_mask: Any, past_key_values: Any, position_ids: Any, *args: Any, **kwargs: Any
+        config: Any,
+        inputs_embeds: Any,
+        attention_mask: Any,
+        past_key_values: Any,
+        position_ids: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         if config._attn_implementation == NAME:
             _local.position_ids = position_ids

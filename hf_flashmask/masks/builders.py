@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .column_mask import ColumnMask
+from .intervals import run_spans
 
 Ints = Sequence[int] | Tensor
 Device = torch.device | str | None
@@ -68,17 +69,9 @@ def _spans(lens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return doc, (end - lens)[doc], end[doc]
 
 
-def _runs(new: Tensor) -> tuple[Tensor, Tensor]:
-    """First and end token of the run that each token is in; ``new`` (bool ``[B, S]``) marks where runs begin."""
-    n = new.shape[-1]
-    token = torch.arange(n, device=new.device).expand_as(new)
-    start = token.masked_fill(~new, 0).cummax(-1).values
-    following = torch.full_like(token, n)
-    following[:, :-1] = token[:, 1:].masked_fill(~new[:, 1:], n)
-    return start, following.flip(-1).cummin(-1).values.flip(-1)
-
-
-def _documents(cu_seqlens: Ints | None, lengths: Any, position_ids: Tensor | None, device: Device) -> tuple[Tensor, Tensor]:
+def _documents(
+    cu_seqlens: Ints | None, lengths: Any, position_ids: Tensor | None, device: Device
+) -> tuple[Tensor, Tensor]:
     """First and end token of every token's document: int64 ``[B, S]`` each."""
     if position_ids is not None:
         if cu_seqlens is not None or lengths is not None:
@@ -86,7 +79,7 @@ def _documents(cu_seqlens: Ints | None, lengths: Any, position_ids: Tensor | Non
         pos = torch.atleast_2d(_vector("position_ids", position_ids, device, (1, 2)))
         new = torch.ones_like(pos, dtype=torch.bool)
         new[:, 1:] = pos.diff() != 1
-        return _runs(new)
+        return run_spans(new)
     if lengths is not None and not isinstance(lengths, Tensor) and len(lengths) and isinstance(lengths[0], Sequence):
         rows = [_spans(_lengths_of(cu_seqlens, row, device))[1:] for row in lengths]
         totals = {start.numel() for start, _ in rows}
@@ -221,7 +214,9 @@ def global_sliding_window(
     )
 
 
-def causal_blockwise(cu_seqlens: Ints | None = None, *, lengths: Ints | None = None, device: Device = None) -> ColumnMask:
+def causal_blockwise(
+    cu_seqlens: Ints | None = None, *, lengths: Ints | None = None, device: Device = None
+) -> ColumnMask:
     """In-context learning: causal demonstrations that do not see each other; the last document sees them all."""
     lens = _lengths_of(cu_seqlens, lengths, device)
     lens = lens[lens > 0]
@@ -249,7 +244,11 @@ def prefix_lm_document(
 
 
 def qk_sparse(
-    cu_seqlens: Ints | None = None, *, lengths: Ints | None = None, dropped: Sequence[bool] | Tensor, device: Device = None
+    cu_seqlens: Ints | None = None,
+    *,
+    lengths: Ints | None = None,
+    dropped: Sequence[bool] | Tensor,
+    device: Device = None,
 ) -> ColumnMask:
     """Causal, and the keys of dropped segments are hidden until their segment ends.
 
@@ -273,9 +272,7 @@ def hash_sparse(q_buckets: Tensor, k_buckets: Tensor) -> ColumnMask:
     """
     q, k = (_vector(n, t, None, (1, 3)) for n, t in (("q_buckets", q_buckets), ("k_buckets", k_buckets)))
     if q.shape[:-1] != k.shape[:-1] or q.device != k.device:
-        raise ValueError(
-            f"q_buckets and k_buckets must agree but in length: got {tuple(q.shape)} and {tuple(k.shape)}"
-        )
+        raise ValueError(f"q_buckets and k_buckets must agree but in length: got {tuple(q.shape)} and {tuple(k.shape)}")
     low = torch.minimum(q.min(), k.min())
     q, k = q - low, k - low
     width = max(q.shape[-1], k.shape[-1]) + 1
@@ -325,7 +322,7 @@ def prefix_tree(position_ids: Tensor) -> ColumnMask:
     if bool((jump > 1).any()) or bool((pos < 0).any()):
         bad = ((jump > 1) | (pos < 0)).nonzero()[0].tolist()
         raise ValueError(
-            "position_ids must be depths in depth-first order: roots at 0 and every other token at most one deeper than "
+            "position_ids must be depths in depth-first order: roots at 0, every other token at most one deeper than "
             f"the token before it, but position_ids[{bad[0]}, {bad[1]}] is {int(pos[bad[0], bad[1]])}"
         )
     return _mask(True, torch.stack([_end_of_deeper(row) for row in pos]))
@@ -342,7 +339,7 @@ def image_blocks(block_ids: Tensor, *, window_size: int | None = None) -> Column
     j = torch.arange(ids.shape[1], device=ids.device)
     new = torch.ones_like(ids, dtype=torch.bool)
     new[:, 1:] = ids.diff() != 0
-    first, end = _runs(new)
+    first, _ = run_spans(new)
     image = ids >= 0
     ordered, _ = torch.where(new & image, ids, -1 - j).sort(-1)
     if bool((ordered.diff() == 0).any()):

@@ -166,7 +166,9 @@ class ColumnMask:
         return self._moved(self._bounds.to(device, non_blocking=non_blocking))
 
     def cuda(self, device: Any = None) -> ColumnMask:
-        return self.to("cuda" if device is None else torch.device("cuda", device) if isinstance(device, int) else device)
+        return self.to(
+            "cuda" if device is None else torch.device("cuda", device) if isinstance(device, int) else device
+        )
 
     def cpu(self) -> ColumnMask:
         return self.to("cpu")
@@ -323,7 +325,7 @@ class ColumnMask:
         return draw(self, size, batch=batch, head=head)
 
     def plot(self, *, batch: int = 0, head: int = 0, title: str | None = None, ax: Axes | None = None) -> Figure:
-        """The mask as a matplotlib figure: keys on top, queries down; hidden, partial and full tiles. Needs matplotlib."""
+        """The mask as a matplotlib figure: keys on top, queries down; hidden, partial and full tiles."""
         from .draw import plot
 
         return plot(self, batch=batch, head=head, title=title, ax=ax)

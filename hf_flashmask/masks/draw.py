@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -77,8 +77,12 @@ def plot(
     ax.set_ylabel("query")
     ax.spines[:].set_visible(False)
     states = [("hidden", _HIDDEN), ("partial", _PARTIAL), ("visible", _VISIBLE)]
-    handles = [Patch(facecolor=c, edgecolor="#8a949e", linewidth=0.6, label=n) for n, c in states if n != "partial" or block > 1]
+    handles = [
+        Patch(facecolor=c, edgecolor="#8a949e", linewidth=0.6, label=n)
+        for n, c in states
+        if n != "partial" or block > 1
+    ]
     ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=3, frameon=False, fontsize=9)
     unit = "" if block == 1 else f", cells of {block} x {block} tokens"
     ax.set_title(f"{title or 'mask'}\n{one.density():.1%} visible{unit}", fontsize=10)
-    return ax.figure
+    return cast("Figure", ax.figure)

@@ -55,6 +55,15 @@ def covered(start: Tensor, end: Tensor, first: int | Tensor, last: int | Tensor)
     return (hi - lo).clamp(min=0).sum(-2)
 
 
+def run_spans(new: Tensor) -> tuple[Tensor, Tensor]:
+    """First and end token of the run that each token is in: int64 ``[B, S]`` each; bool ``new`` marks beginnings."""
+    n = new.shape[1]
+    token = torch.arange(n, device=new.device).expand(new.shape)
+    start = torch.where(new, token, 0).cummax(-1).values
+    following = torch.cat((torch.where(new, token, n)[:, 1:], torch.full_like(token[:, :1], n)), 1)
+    return start, following.flip(-1).cummin(-1).values.flip(-1)
+
+
 def extract(
     n_rows: int, shape: tuple[int, int, int], rows: Callable[[int, int], Tensor], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,4 +96,3 @@ def extract(
             count.copy_(rank[:, :, -1:])
         previous = masked[:, :, -1:]
     return start, end, opened[:, :, 0]
-

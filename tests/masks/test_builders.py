@@ -86,9 +86,7 @@ def test_prefix_lm():
 
 def test_qk_sparse():
     dropped = [True, False, True, False]
-    check(
-        masks.qk_sparse(CU, dropped=dropped), lambda i, j: j <= i and not (dropped[doc(j)] and i < CU[doc(j) + 1])
-    )
+    check(masks.qk_sparse(CU, dropped=dropped), lambda i, j: j <= i and not (dropped[doc(j)] and i < CU[doc(j) + 1]))
 
 
 def test_hash_sparse():
@@ -120,7 +118,9 @@ def test_prefix_tree():
         depth, parent = [], []
         for t in range(24):
             depth.append(int(torch.randint(0, (depth[-1] + 2 if depth else 1), (1,), generator=generator)))
-            parent.append(next((p for p in range(t - 1, -1, -1) if depth[p] == depth[t] - 1), None) if depth[t] else None)
+            parent.append(
+                next((p for p in range(t - 1, -1, -1) if depth[p] == depth[t] - 1), None) if depth[t] else None
+            )
 
         def ancestors(t, parent=parent):
             while t is not None:

@@ -10,7 +10,9 @@ def test_text():
     assert masks.causal(3).draw() == "# . .\n# # .\n# # #"
     assert masks.causal(4).draw(2) == "+ .\n# +"
     assert str(masks.causal(4)) == repr(masks.causal(4))
-    heads = ColumnMask(torch.stack([masks.causal(4).bounds[0, 0], masks.sliding_window(4, 1).bounds[0, 0]])[None], causal=True)
+    heads = ColumnMask(
+        torch.stack([masks.causal(4).bounds[0, 0], masks.sliding_window(4, 1).bounds[0, 0]])[None], causal=True
+    )
     assert heads.draw(head=1) == "# . . .\n. # . .\n. . # .\n. . . #"
     with pytest.raises(ValueError, match="head must be in"):
         heads.draw(head=2)

@@ -1,0 +1,33 @@
+"""`flashmask bench cpu`: the figures that the README gives, and that they are printed."""
+
+import re
+
+import pytest
+
+from hf_flashmask.bench import cpu, documents
+from hf_flashmask.cli import main
+
+
+def test_prints_a_table(capsys):
+    main(["bench", "cpu", "--seq-len", "300", "--repeats", "1"])
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if line.startswith(cpu.METHODS)]
+    assert len(rows) == 3
+    assert all(float(re.search(r"(\S+)$", row)[1]) < 1e-5 for row in rows)  # outputs agree
+
+
+def test_documents_fill_the_row():
+    for n in (100, 2048, 8192, 32768, 131072):
+        assert sum(documents.documents(n)) == n
+
+
+@pytest.mark.timing
+def test_four_times_faster_than_the_dense_mask_in_a_quarter_of_its_memory():
+    from hf_flashmask.bench.measure import in_fresh_process
+
+    setup = cpu.Setup()
+    ours, dense = (in_fresh_process(cpu.run, method, setup) for method in cpu.METHODS[:2])
+    assert float((ours.out - dense.out).abs().max()) < 1e-5
+    assert dense.seconds / ours.seconds >= 4
+    if ours.peak_growth is not None:
+        assert ours.peak_growth <= dense.peak_growth / 4
