@@ -1,6 +1,7 @@
 """What importing costs and loads, which way imports go, and what a wheel holds."""
 
 import ast
+import json
 import subprocess
 import sys
 import zipfile
@@ -149,10 +150,10 @@ def test_wheel_and_sdist_hold_everything(tmp_path):
 
 def test_installed_in_place_patches_is_the_top_level_folder():
     """`pip install -e .` maps hf_flashmask.patches to patches/."""
-    from importlib.metadata import distribution
+    from importlib.metadata import distributions
 
-    direct = distribution("hf-flashmask").read_text("direct_url.json") or ""
-    if '"editable": true' not in direct.replace('"editable":true', '"editable": true'):
+    origins = [json.loads(d.read_text("direct_url.json") or "{}") for d in distributions(name="hf-flashmask")]
+    if not any(origin.get("dir_info", {}).get("editable") for origin in origins):
         pytest.skip("hf-flashmask is not installed in editable mode")
     where = python("import hf_flashmask.patches as p; print(p.__file__)", cwd="/")
     assert Path(where) == ROOT / "patches" / "__init__.py"
