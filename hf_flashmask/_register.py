@@ -27,7 +27,11 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            execute(module)
+            try:
+                execute(module)
+            except BaseException:
+                when_transformers_loads()  # its import failed: wait for the next try
+                raise
             _register()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from typing import Literal, overload
 
@@ -13,6 +15,8 @@ from hf_flashmask.masks import causal as causal_mask
 from hf_flashmask.masks import full as full_mask
 
 from . import op, reference
+
+logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "reference", "torch")
 MAX_HEAD_DIM = 512  # Gemma 4 has global layers of 512
@@ -96,9 +100,16 @@ def flashmask_attention(
         with torch.autocast(q.device.type, enabled=False):
             out, lse = reference.attention(q, k, v, mask, softmax_scale=softmax_scale, softcap=softcap, sinks=sinks)
     else:
+        if backend == "auto" and q.device.type != "cpu" and not torch.compiler.is_compiling():
+            _say_once(f"flashmask: on {q.device.type} devices the 'torch' backend (plain PyTorch) serves for now")
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
         out, lse = op.attention(q, k, v, mask.bounds, mask.causal, softmax_scale, softcap, sinks, "torch")
     return (out, lse) if return_lse else out
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _number(name: str, value: float) -> float:

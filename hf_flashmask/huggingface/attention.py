@@ -111,6 +111,8 @@ def flashmask_attention_forward(
             f"{where}: cu_seq_lens_q describes one packed row, but the batch has {query.shape[0]}; "
             "pack into one row or pass position_ids"
         )
+    if _attends_elsewhere(module, is_causal):
+        position_ids = None
     mask = split_documents(mask, position_ids, cu_seq_lens_q, cu_seq_lens_k)
     out = flashmask_attention(
         query.transpose(1, 2),
@@ -122,6 +124,14 @@ def flashmask_attention_forward(
         sinks=s_aux,
     )
     return out, None
+
+
+def _attends_elsewhere(module: torch.nn.Module, is_causal: bool | None) -> bool:
+    """Whether keys may come from another sequence, to which the queries' position_ids do not apply."""
+    if getattr(module, "is_cross_attention", False):
+        return True
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    return not is_causal and bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
 
 
 def _without_mask(
@@ -168,6 +178,8 @@ def _from_dense(dense: Tensor) -> ColumnMask:
     known = _dense.setdefault(base, {})
     if key not in known:
         known.clear()
-        known[key] = ColumnMask.from_dense(dense)
+        # Outside inference mode: a training step may meet the same tensor later.
+        with torch.inference_mode(False):
+            known[key] = ColumnMask.from_dense(dense)
     result: ColumnMask = known[key]
     return result

@@ -22,6 +22,11 @@ from hf_flashmask.masks.intervals import run_spans
 
 from .packing import BuiltMask, documents_from_position_ids, take_position_ids
 
+# What Transformers hands to mask interfaces that only tells which shortcuts they may take.
+_NO_EFFECT = frozenset(
+    {"allow_is_bidirectional_skip", "allow_is_causal_skip", "allow_torch_fix", "config", "dtype", "local_size"}
+)
+
 # Beyond any position, and far from overflow when shifted.
 _FAR = 1 << 40
 
@@ -51,17 +56,23 @@ def flashmask_mask(
     attention_mask: Tensor | ColumnMask | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
-    **_unused: Any,
+    **kwargs: Any,
 ) -> ColumnMask:
     """The mask interface of ``attn_implementation="flashmask"``; arguments as in ``transformers.masking_utils``.
 
     Always returns a mask, never None: what "no mask" means depends on the caller's alignment.
 
     Raises:
-        NotImplementedError: a custom mask function while torch.compile traces.
+        NotImplementedError: an argument that this version does not know, or a custom mask function while torch.compile
+            traces.
         ValueError: a mask that column bounds cannot hold.
     """
     position_ids = take_position_ids()
+    if unknown := sorted(kwargs.keys() - _NO_EFFECT):
+        raise NotImplementedError(
+            f"flashmask does not know the mask argument {unknown[0]!r} and will not ignore it; "
+            "use attn_implementation='sdpa', or install transformers==5.23.0 or a newer hf-flashmask"
+        )
     if isinstance(attention_mask, ColumnMask):
         if (attention_mask.q_len, attention_mask.kv_len) != (q_length, kv_length):
             raise ValueError(

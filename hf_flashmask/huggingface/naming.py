@@ -78,7 +78,7 @@ def unsupported(model_class: type) -> str | None:
     if not own or "ALL_ATTENTION_FUNCTIONS" in source:
         return None
     return (
-        f'{model_class.__name__} does not support attn_implementation="{NAME}": it computes attention itself '
-        "instead of through Transformers' attention interface. Use attn_implementation='eager' or 'sdpa' for it; in "
-        "a composite model give each part its own, e.g. attn_implementation={'text_config': 'flashmask', 'vision_config': 'sdpa'}"
+        f'{model_class.__name__} does not support attn_implementation="{NAME}": it computes attention itself instead '
+        "of asking Transformers' attention interface. Use attn_implementation='eager' or 'sdpa' for it; in a composite "
+        "model give each part its own, e.g. attn_implementation={'text_config': 'flashmask', 'vision_config': 'sdpa'}"
     )

@@ -34,13 +34,15 @@ class Documents(NamedTuple):
 
     def restrict(self, mask: ColumnMask) -> ColumnMask:
         """The mask, seen only inside documents."""
-        if mask.causal or mask.bounds.shape[2] != 2:
-            return mask & self.mask()
-        # Visible rows are one interval [UTE, LTS): cut it to the document, on the device, without reading it.
-        lts, ute = mask.bounds.unbind(2)
         start, end = (t.to(mask.device, torch.int32).unsqueeze(1) for t in self)
-        vectors = torch.broadcast_tensors(torch.minimum(lts, end), torch.maximum(ute, start))
-        return ColumnMask(torch.stack(vectors, 2), causal=False, q_len=mask.q_len)
+        lts, *rest = mask.bounds.unbind(2)
+        # Visible rows are one interval, [UTE, LTS) or [diagonal, LTS): cut it, on the device, without reading it.
+        if mask.causal and not rest:
+            return ColumnMask(torch.minimum(lts, end).unsqueeze(2), causal=True, q_len=mask.q_len)
+        if not mask.causal and len(rest) == 1:
+            vectors = torch.broadcast_tensors(torch.minimum(lts, end), torch.maximum(rest[0], start))
+            return ColumnMask(torch.stack(vectors, 2), causal=False, q_len=mask.q_len)
+        return mask & self.mask()
 
 
 class BuiltMask(ColumnMask):

@@ -133,6 +133,11 @@ def test_a_column_mask_comes_through():
         flashmask_mask(batch_size=2, q_length=N, kv_length=N, attention_mask=torch.ones(2, N, N))
 
 
+def test_unknown_arguments_are_refused():
+    with pytest.raises(NotImplementedError, match="mask argument 'shear'"):
+        flashmask_mask(batch_size=1, q_length=N, kv_length=N, shear=2)
+
+
 def test_long_rows_take_no_quadratic_memory():
     n = 1 << 18
     mask = flashmask_mask(

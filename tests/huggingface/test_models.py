@@ -230,6 +230,11 @@ def test_dense_masks_are_converted_once_a_forward(monkeypatch):
     dense[:, :, :, 3] = False
     assert not torch.equal(ours(ids, attention_mask=dense).logits, first)
     assert len(calls) == 2
+    # Met first in inference mode, it serves training all the same.
+    with torch.inference_mode():
+        ours(ids, attention_mask=(other := dense.clone()))
+    with torch.enable_grad():
+        ours(ids, attention_mask=other.clone(), labels=ids).loss.backward()
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from transformers import masking_utils
 
 from hf_flashmask import masks
 from hf_flashmask.huggingface import packing
@@ -52,6 +53,25 @@ def test_masks_of_the_user_are_final():
     assert split_documents(mask, position_ids, None, None) is mask
 
 
+def test_cross_attention_is_not_cut_by_the_positions_of_its_queries():
+    q, k, v = (torch.randn(1, 2, 11, 8) for _ in range(3))
+    encoder_decoder = torch.nn.Module()
+    encoder_decoder.is_causal = False
+    encoder_decoder.config = type("Config", (), {"is_encoder_decoder": True})()
+    marked = torch.nn.Module()
+    marked.is_cross_attention = True
+    whole = flashmask_mask(
+        batch_size=1, q_length=11, kv_length=11, mask_function=masking_utils.bidirectional_mask_function
+    )
+    for module in (encoder_decoder, marked):
+        out, _ = attend(module, q, k, v, whole, position_ids=POSITIONS)
+        assert torch.equal(out, attend(module, q, k, v, whole)[0])
+    encoder = torch.nn.Module()
+    encoder.is_causal = False
+    out, _ = attend(encoder, q, k, v, whole, position_ids=POSITIONS)
+    torch.testing.assert_close(out, attend(encoder, q, k, v, masks.document(lengths=LENGTHS))[0])
+
+
 def test_computed_once_for_all_layers(monkeypatch):
     mask, found = built(), []
     real = packing.documents_from_position_ids
@@ -96,6 +116,8 @@ def test_attention_kwargs_of_padding_free_collators():
 def test_a_window_given_to_a_module_without_a_mask():
     q, k, v = (torch.randn(1, 2, 11, 8) for _ in range(3))
     module = torch.nn.Module()
+    out, _ = attend(module, q, k, v, None, position_ids=POSITIONS)
+    torch.testing.assert_close(out, attend(module, q, k, v, masks.causal_document(lengths=LENGTHS))[0])
     out, _ = attend(module, q, k, v, None, sliding_window=3)
     expected, _ = attend(module, q, k, v, masks.sliding_window(11, 3))
     assert torch.equal(out, expected)
