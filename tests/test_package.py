@@ -57,13 +57,15 @@ def test_works_without_optional_packages(missing):
 @pytest.mark.timing
 def test_importing_takes_little_more_than_transformers():
     clock = "import time; begin = time.perf_counter(); {}; print(time.perf_counter() - begin)"
-
-    def best(code):
-        return min(float(python(clock.format(code))) for _ in range(3))
-
-    assert best("import transformers, hf_flashmask") - best("import transformers") <= 0.3
     models = "from transformers import PreTrainedModel"
-    assert best(f"import hf_flashmask; {models}") - best(models) <= 0.3
+    for ours, theirs in (
+        ("import transformers, hf_flashmask", "import transformers"),
+        (f"import hf_flashmask; {models}", models),
+    ):
+        # In turns, and the best of each: the machine's other work comes and goes.
+        times = [[float(python(clock.format(code))) for code in (ours, theirs)] for _ in range(5)]
+        best_ours, best_theirs = (min(column) for column in zip(*times, strict=True))
+        assert best_ours - best_theirs <= 0.3
 
 
 @pytest.mark.parametrize("first", ["hf_flashmask", "transformers.modeling_utils"])

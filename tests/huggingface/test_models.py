@@ -267,6 +267,9 @@ def test_compiled_forward():
     expected = ours(ids, use_cache=False).logits
     compiled = torch.compile(ours, backend="aot_eager")
     close(compiled(ids, use_cache=False).logits, expected)
+    positions = torch.cat([torch.arange(9), torch.arange(14)])[None].expand(2, -1)
+    expected = ours(ids, position_ids=positions, use_cache=False).logits
+    close(compiled(ids, position_ids=positions, use_cache=False).logits, expected)
 
 
 def test_public_names():

@@ -1,0 +1,90 @@
+"""Beyond decoders: encoders, encoder-decoders with cross-attention, vision towers that attend image by image."""
+
+import pytest
+import torch
+from transformers import AutoModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from tests.huggingface.models import tokens
+
+ENCODERS = {
+    "bert": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "roberta": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "modernbert": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "local_attention": 6,
+        "global_attn_every_n_layers": 2,
+    },
+}
+SEQ2SEQ = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2}
+SEQ2SEQ |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+
+
+def build(config, implementation):
+    torch.manual_seed(0)
+    model = AutoModel.from_config(config, attn_implementation=implementation, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.1, generator=generator)
+    return model
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ENCODERS)
+def test_encoders(model_type):
+    config = CONFIG_MAPPING[model_type](vocab_size=100, pad_token_id=0, **ENCODERS[model_type])
+    eager, ours = build(config, "eager"), build(config, "flashmask")
+    ids = tokens(2, 20)
+    keep = torch.ones_like(ids)
+    keep[1, -7:] = 0
+    ids = ids * keep
+    close(ours(ids).last_hidden_state, eager(ids).last_hidden_state)
+    expected = eager(ids, attention_mask=keep).last_hidden_state[keep.bool()]
+    close(ours(ids, attention_mask=keep).last_hidden_state[keep.bool()], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["bart", "marian", "pegasus"])
+def test_encoder_decoders(model_type):
+    config = CONFIG_MAPPING[model_type](vocab_size=100, pad_token_id=0, decoder_start_token_id=1, **SEQ2SEQ)
+    eager, ours = build(config, "eager"), build(config, "flashmask")
+    ids = tokens(2, 12)
+    keep = torch.ones_like(ids)
+    keep[1, -5:] = 0
+    for length in (5, 12):
+        given = {"input_ids": ids, "attention_mask": keep, "decoder_input_ids": tokens(2, length, seed=3)}
+        close(ours(**given).last_hidden_state, eager(**given).last_hidden_state)
+
+
+@torch.no_grad()
+def test_vision_towers_keep_images_apart():
+    from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+
+    config = Qwen2VLVisionConfig(depth=2, embed_dim=32, num_heads=2, hidden_size=32, patch_size=2, mlp_ratio=2)
+    towers = {}
+    for implementation in ("eager", "flashmask"):
+        torch.manual_seed(0)
+        towers[implementation] = Qwen2VisionTransformerPretrainedModel._from_config(
+            config, attn_implementation=implementation
+        ).eval()
+    grid = torch.tensor([[1, 4, 4], [1, 2, 6]])
+    patches = torch.randn(int(grid.prod(1).sum()), 3 * 2 * 2 * 2)
+
+    def features(tower, pixels, sizes):
+        out = tower(pixels, grid_thw=sizes)
+        return getattr(out, "pooler_output", out)
+
+    both = features(towers["flashmask"], patches, grid)
+    close(both, features(towers["eager"], patches, grid))
+    first = features(towers["flashmask"], patches[:16], grid[:1])
+    close(both[: first.shape[0]], first)
