@@ -74,14 +74,20 @@ def _rebuild(bounds: Tensor, causal: bool, q_len: int, documents_known: bool) ->
     return BuiltMask(bounds, causal=causal, q_len=q_len, documents_known=documents_known)
 
 
-def documents_from_position_ids(position_ids: Tensor, seq_len: int) -> Documents | None:
+def documents_from_position_ids(position_ids: Tensor, seq_len: int, kept: Tensor | None) -> Documents | None:
     """A document begins at every position 0, the rule of Transformers' own FlashAttention path.
 
-    None for positions that say nothing of the row: multi-axis (mRoPE) ones and those of another length.
+    Args:
+        kept: bool ``[B|1, S]``, False for padding, whose positions mean nothing: ``generate`` fills them with 0 or 1,
+            also between a soft prompt and the left-padded text behind it.
+
+    Returns:
+        None for positions that say nothing of the row: multi-axis (mRoPE) ones and those of another length.
     """
     if position_ids.ndim != 2 or position_ids.shape[1] != seq_len or position_ids.is_floating_point():
         return None
-    return Documents(*run_spans(position_ids == 0))
+    new = position_ids == 0
+    return Documents(*run_spans(new if kept is None else new & kept.to(new.device)))
 
 
 def documents_from_cu_seqlens(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q_len: int, kv_len: int) -> Documents:
@@ -104,8 +110,13 @@ def split_documents(
         return _once(mask, given, lambda: documents_from_cu_seqlens(*given, mask.q_len, mask.kv_len))
     undecided = isinstance(mask, BuiltMask) and not mask.documents_known and mask.q_len == mask.kv_len
     if undecided and position_ids is not None:
-        return _once(mask, (position_ids,), lambda: documents_from_position_ids(position_ids, mask.q_len))
+        return _once(mask, (position_ids,), lambda: documents_from_position_ids(position_ids, mask.q_len, _seen(mask)))
     return mask
+
+
+def _seen(mask: ColumnMask) -> Tensor:
+    """bool ``[B|1, S]``: the keys that any query sees, i.e. all but padding."""
+    return (mask.visible_rows() > 0).any(1)
 
 
 def _once(mask: ColumnMask, given: tuple[Tensor, ...], documents: Any) -> ColumnMask:

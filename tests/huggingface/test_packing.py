@@ -47,6 +47,21 @@ def test_positions_that_are_no_packing_change_nothing():
         assert torch.equal(split_documents(built(), position_ids, None, None).to_dense(), causal)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("filler", [0, 1])
+@pytest.mark.parametrize("model_type", ["llama", "gpt_oss"])
+def test_padding_between_a_soft_prompt_and_its_text(model_type, filler):
+    """Prompt tuning puts its tokens before the left padding; positions of padding are fillers, not documents."""
+    eager, ours = pair(model_type)
+    ids = tokens(2, 12)
+    keep = torch.tensor([[1] * 12, [1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1, 1]])
+    position_ids = (keep.cumsum(1) - 1).masked_fill(keep == 0, filler)
+    for use_cache in (True, False):
+        given = {"attention_mask": keep, "position_ids": position_ids, "use_cache": use_cache}
+        expected = eager(ids, **given).logits[keep.bool()]
+        torch.testing.assert_close(ours(ids, **given).logits[keep.bool()], expected, rtol=0, atol=1e-5)
+
+
 def test_masks_of_the_user_are_final():
     mask = masks.prefix_tree(torch.tensor([0, 1, 2, 3, 2, 3, 4, 0, 1, 1, 2]))
     position_ids = torch.tensor([[0, 1, 2, 3, 2, 3, 4, 0, 1, 1, 2]])
