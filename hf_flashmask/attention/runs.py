@@ -49,9 +49,14 @@ class RowBlock(NamedTuple):
 
 
 class RunPlan(NamedTuple):
-    """Runs of every mask of a ``ColumnMask``: ``blocks[b][h]`` for its own batch rows and heads."""
+    """Runs of every mask of a ``ColumnMask``: ``blocks[b][h]`` for its own batch rows and heads.
+
+    ``start`` and ``end`` are its hidden intervals, int32 ``[B|1, Hm|1, 2, Sk]`` on its device, to mask mixed runs with.
+    """
 
     blocks: tuple[tuple[tuple[RowBlock, ...], ...], ...]
+    start: Tensor
+    end: Tensor
 
 
 def plan_runs(mask: ColumnMask, block_m: int, block_n: int, *, squares: bool) -> RunPlan:
@@ -62,14 +67,13 @@ def plan_runs(mask: ColumnMask, block_m: int, block_n: int, *, squares: bool) ->
         block_n: most columns of a mixed run, and of any run when ``squares`` is False.
         squares: whether the routine handles causal squares and full runs of any size by itself.
     """
-    start, end = (t.cpu() for t in mask.masked_intervals())
+    start, end = mask.masked_intervals()
     batch, heads = mask.shape[:2]
-    return RunPlan(
-        tuple(
-            tuple(_Planner(start[b, h], end[b, h], mask.q_len, block_m, block_n, squares).plan() for h in range(heads))
-            for b in range(batch)
-        )
-    )
+
+    def plan(b: int, h: int) -> tuple[RowBlock, ...]:
+        return _Planner(start[b, h].cpu(), end[b, h].cpu(), mask.q_len, block_m, block_n, squares).plan()
+
+    return RunPlan(tuple(tuple(plan(b, h) for h in range(heads)) for b in range(batch)), start, end)
 
 
 # Plans live as long as the bounds they were made from, so all layers and the backward share one.
@@ -95,7 +99,7 @@ class _Planner:
 
     def plan(self) -> tuple[RowBlock, ...]:
         blocks = []
-        cuts = self._natural_cuts() if self.squares else [0, self.q_len]
+        cuts = self._natural_cuts() if self.squares and self.q_len > _MIN_SHARED else [0, self.q_len]
         for first, last in pairwise(cuts):
             whole = self._exact(first, last) if self.squares else None
             if whole is not None:

@@ -71,15 +71,14 @@ class _View(NamedTuple):
         return ((row >= start[0]) & (row < end[0])) | ((row >= start[1]) & (row < end[1]))
 
 
-def _views(mask: ColumnMask, plan: RunPlan, batch: int, heads_q: int, heads_kv: int, head_dim: int) -> Iterator[_View]:
-    start, end = mask.masked_intervals()
-    mask_batch, mask_heads = mask.shape[:2]
+def _views(plan: RunPlan, batch: int, heads_q: int, heads_kv: int, head_dim: int) -> Iterator[_View]:
+    mask_batch, mask_heads = plan.start.shape[:2]
     group = heads_q // heads_kv
     for b in range(mask_batch):
         rows = slice(0, batch) if mask_batch == 1 else slice(b, b + 1)
         for h in range(mask_heads):
             blocks = plan.blocks[b][h]
-            shared = (blocks, start[b, h], end[b, h])
+            shared = (blocks, plan.start[b, h], plan.end[b, h])
             if mask_heads > 1:
                 n = heads_q // mask_heads
                 first_kv = h * n // group
@@ -213,7 +212,7 @@ def forward(
     lse = q.new_full((batch, heads_q, q_len), -torch.inf, dtype=compute)
     if fused:
         q, k, v = _pad_heads(q, k, v)
-    for view in _views(mask, _plan(mask, fused), batch, heads_q, k.shape[2], q.shape[3]):
+    for view in _views(_plan(mask, fused), batch, heads_q, k.shape[2], q.shape[3]):
         vq, vk, vv, vout, vlse = view.queries(q), view.keys(k), view.keys(v), view.queries(out), view.rows(lse)
         for block in view.blocks:
             rows = slice(block.first, block.last)
@@ -273,7 +272,7 @@ def backward(
     if fused:
         q, k, v, do, out = _pad_heads(q, k, v, do, out)
     dq, dk, dv = (torch.zeros(t.shape, dtype=compute, device=t.device) for t in (q, k, v))
-    for view in _views(mask, _plan(mask, fused), batch, heads_q, k.shape[2], q.shape[3]):
+    for view in _views(_plan(mask, fused), batch, heads_q, k.shape[2], q.shape[3]):
         vq, vk, vv, vdo, vout = view.queries(q), view.keys(k), view.keys(v), view.queries(do), view.queries(out)
         vdq, vdk, vdv, vlse = view.queries(dq), view.keys(dk), view.keys(dv), view.rows(safe)
         vdelta = None if delta is None else view.rows(delta)

@@ -75,24 +75,28 @@ def extract(
         rows: ``rows(first, last)`` gives the *masked* entries of those rows, bool ``[B, H, last - first, Sk]``.
 
     Returns:
-        ``(start, end, count)``: the first two masked intervals of each column, int32 ``[B, H, 2, Sk]``, and how many
-        there are in all, int32 ``[B, H, Sk]``. Time is O(rows x columns), memory O(columns).
+        ``(start, end, count)``: the masked intervals of each column, int32 ``[B, H, 2, Sk]``, and how many there are,
+        int32 ``[B, H, Sk]``. Where a column has three or more, the intervals are incomplete. Time is
+        O(rows x columns), memory O(columns).
     """
     batch, heads, n_cols = shape
-    start = torch.full((batch, heads, 2, n_cols), n_rows, dtype=torch.int32, device=device)
-    end = start.clone()
-    opened = torch.zeros((batch, heads, 1, n_cols), dtype=torch.int32, device=device)
-    closed = opened.clone()
+    # Rows where a column changes, in order: hidden from the first, seen again from the second, and so on.
+    edges = torch.full((batch, heads, 4, n_cols), n_rows, dtype=torch.int32, device=device)
+    count = torch.zeros((batch, heads, n_cols), dtype=torch.int64, device=device)
     previous = torch.zeros((batch, heads, 1, n_cols), dtype=torch.bool, device=device)
     for first, last in row_blocks(n_rows, batch * heads * n_cols):
         masked = rows(first, last)
-        before = torch.cat((previous, masked[:, :, :-1]), dim=2)
-        row = torch.arange(first, last, dtype=torch.int32, device=device)[:, None]
-        for flips, count, out in ((masked & ~before, opened, start), (before & ~masked, closed, end)):
-            rank = flips.cumsum(2, dtype=torch.int32) + count
-            for k in range(2):
-                hit = flips & (rank == k + 1)
-                out[:, :, k] = torch.where(hit.any(2), (hit * row).sum(2, dtype=torch.int32), out[:, :, k])
-            count.copy_(rank[:, :, -1:])
+        changes = masked ^ torch.cat((previous, masked[:, :, :-1]), dim=2)
         previous = masked[:, :, -1:]
-    return start, end, opened[:, :, 0]
+        before, count = count, count + changes.sum(2)
+        if bool((count > 4).any()):
+            continue  # more than fits; go on counting, so that the first such column can be named
+        # At most four a column, so the list is short. By column, then row; its place in the column is its slot.
+        b, h, i, j = changes.nonzero(as_tuple=True)
+        column = (b * heads + h) * n_cols + j
+        column, order = column.sort(stable=True)
+        place = torch.arange(column.numel(), device=device)
+        place -= torch.searchsorted(column, column)
+        b, h, i, j = (t[order] for t in (b, h, i, j))
+        edges[b, h, before[b, h, j] + place, j] = (i + first).to(torch.int32)
+    return edges[:, :, 0::2], edges[:, :, 1::2], ((count + 1) // 2).to(torch.int32)

@@ -76,6 +76,12 @@ def test_three_intervals_name_the_place():
     for mask in (dense, torch.where(dense, 0.0, -torch.inf)):
         with pytest.raises(ValueError, match=r"batch 1, head 2, key column 3 hides 3 .*\[1, 2\), \[4, 6\), \[9, 12\)"):
             ColumnMask.from_dense(mask)
+    # The first by number, though another column has its third interval earlier, many blocks of rows before.
+    dense = torch.ones(1, 1, 3000, 2000, dtype=torch.bool)
+    dense[0, 0, 1:6:2, 1999] = False
+    dense[0, 0, 2990:2995:2, 5] = False
+    with pytest.raises(ValueError, match=r"key column 5 hides 3 .*\[2990, 2991\), \[2992, 2993\), \[2994, 2995\)"):
+        ColumnMask.from_dense(dense)
     start = torch.tensor([0, 4, 8]).view(1, 1, 3, 1)
     with pytest.raises(ValueError, match=r"batch 0, head 0, key column 0 hides 3 .*\[0, 2\), \[4, 6\), \[8, 10\)"):
         ColumnMask.from_masked_intervals(start, start + 2, q_len=12)
