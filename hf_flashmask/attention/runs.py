@@ -8,6 +8,7 @@ causal documents come out as one causal square each; what is left is cut into bl
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -63,9 +64,9 @@ def plan_runs(mask: ColumnMask, block_m: int, block_n: int, *, squares: bool) ->
     """Build a plan on the host. O(Sk) memory, O(Sq / block_m x Sk) time.
 
     Args:
-        block_m: most rows of a block with mixed runs.
-        block_n: most columns of a mixed run, and of any run when ``squares`` is False.
-        squares: whether the routine handles causal squares and full runs of any size by itself.
+        block_m: most rows of a block with mixed runs, or of any block when ``squares`` is False.
+        block_n: most columns of a run, and most rows of a block without mixed runs.
+        squares: whether the routine can be told of causal squares.
     """
     start, end = mask.masked_intervals()
     batch, heads = mask.shape[:2]
@@ -100,14 +101,13 @@ class _Planner:
     def plan(self) -> tuple[RowBlock, ...]:
         blocks = []
         cuts = self._natural_cuts() if self.squares and self.q_len > _MIN_SHARED else [0, self.q_len]
-        for first, last in pairwise(cuts):
-            whole = self._exact(first, last) if self.squares else None
-            if whole is not None:
-                blocks.append(whole)
-                continue
-            n = -(-(last - first) // self.block_m)
-            edges = [first + (last - first) * i // n for i in range(n + 1)]
-            blocks += [self._block(a, b) for a, b in pairwise(edges)]
+        for natural in pairwise(cuts):
+            for first, last in _even(*natural, self.block_n):
+                whole = self._exact(first, last) if self.squares else None
+                if whole is not None:
+                    blocks.append(whole)
+                else:
+                    blocks += [self._block(a, b) for a, b in _even(first, last, self.block_m)]
         return tuple(b for b in blocks if b.runs)
 
     def _natural_cuts(self) -> list[int]:
@@ -169,7 +169,7 @@ class _Planner:
         runs = [r for r in self._runs(first, last) if r.kind != Kind.HIDDEN]
         if len(runs) > _MAX_EXACT_RUNS or any(r.kind == Kind.MIXED for r in runs):
             return None
-        return RowBlock(first, last, tuple(runs))
+        return RowBlock(first, last, tuple(piece for run in runs for piece in self._split(run)))
 
     def _block(self, first: int, last: int) -> RowBlock:
         runs: list[Run] = []
@@ -196,11 +196,12 @@ class _Planner:
     def _split(self, run: Run) -> list[Run]:
         if run.kind == Kind.HIDDEN:
             return []
-        if run.kind == Kind.CAUSAL and not self.squares:
-            run = Run(run.first, run.last, Kind.MIXED)
-        if run.kind != Kind.MIXED and self.squares:
-            return [run]
-        n = -(-(run.last - run.first) // self.block_n)
-        width = run.last - run.first
-        edges = [run.first + width * i // n for i in range(n + 1)]
-        return [Run(a, b, run.kind) for a, b in pairwise(edges)]
+        if run.kind == Kind.CAUSAL:
+            return [run] if self.squares else self._split(Run(run.first, run.last, Kind.MIXED))
+        return [Run(a, b, run.kind) for a, b in _even(run.first, run.last, self.block_n)]
+
+
+def _even(first: int, last: int, most: int) -> Iterator[tuple[int, int]]:
+    """Cut a range into as few and as equal parts of at most ``most`` as can be."""
+    n = -(-(last - first) // most)
+    return pairwise([first + (last - first) * i // n for i in range(n + 1)])

@@ -20,11 +20,12 @@ from .runs import Kind, RowBlock, Run, RunPlan, cached_plan
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# Rows and columns of a mixed run: 256 x 2048 keeps its additive mask (2 MiB in float32) in the cache.
+# A mixed run of 256 x 2048 keeps its additive mask (2 MiB in float32) in the cache; others may have 2048 rows as well.
 _BLOCK_M, _BLOCK_N = 256, 2048
 # The matmul path holds the scores of a run for all heads, so its runs are narrower.
 _MATMUL_BLOCK_N = 512
-# Elements of one partial result for each thread (512 KiB in float32): large runs take a few heads at a time.
+# Elements of one partial result for each thread (512 KiB in float32): long runs take a few heads at a time, but never
+# fewer than there are threads, which the fused kernel shares out by heads first.
 _PART_ELEMENTS = 1 << 17
 
 
@@ -90,13 +91,13 @@ def _views(plan: RunPlan, batch: int, heads_q: int, heads_kv: int, head_dim: int
 
 
 def _parts(rows: slice, heads_kv: int, group: int, elements: int) -> Iterator[tuple[slice, slice]]:
-    """Cut batch rows x key/value heads so that a run's partial results stay within _PART_ELEMENTS a thread.
+    """Cut batch rows x key/value heads so that a run's partial results stay near _PART_ELEMENTS a thread.
 
     Args:
         elements: those of one key/value head of one batch row.
     """
-    n_rows = rows.stop - rows.start
-    fit = max(1, _PART_ELEMENTS * torch.get_num_threads() // elements)
+    n_rows, threads = rows.stop - rows.start, torch.get_num_threads()
+    fit = max(-(-threads // group), _PART_ELEMENTS * threads // elements)
     if group > 1 and n_rows > 1 and heads_kv > 1:
         # K and V are shared along one axis only (see _View), so one of the two is taken singly.
         row_step, head_step = (1, min(heads_kv, fit)) if heads_kv > n_rows else (min(n_rows, fit), 1)
@@ -297,6 +298,7 @@ def backward(
                     if target.shape[1] != grad.shape[1]:
                         grad = grad.sum(1, keepdim=True, dtype=compute)
                     target[:, :, columns] += grad
+                del grads, grad  # or they would live beside the next run's
     return (
         dq[..., :head_dim].to(q.dtype),
         dk[..., :head_dim].to(k.dtype),

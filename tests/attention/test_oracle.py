@@ -196,6 +196,7 @@ def test_scattered_and_structured_masks_at_length(softcap):
 
 def test_large_inputs_are_taken_a_few_heads_at_a_time(monkeypatch):
     monkeypatch.setattr(torch_blocks, "_PART_ELEMENTS", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     for heads, kv_heads, batch in ((4, 4, 3), (4, 2, 3), (6, 3, 2), (4, 1, 2), (8, 4, 1)):
         compare(masks.causal_document(lengths=[30, 41]), heads=heads, kv_heads=kv_heads, batch=batch)
 

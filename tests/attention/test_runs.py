@@ -39,20 +39,21 @@ def test_runs_cover_the_visible_and_nothing_twice(name, squares):
                 for run in block.runs:
                     tile = dense[b, h, block.first : block.last, run.first : run.last]
                     seen[block.first : block.last, run.first : run.last] += 1
+                    assert run.last - run.first <= 256
+                    assert block.last - block.first <= (256 if squares else 128)
                     if run.kind == Kind.FULL:
                         assert tile.all()
                     elif run.kind == Kind.CAUSAL:
+                        assert squares
                         assert torch.equal(tile, torch.ones_like(tile).tril())
                     else:
-                        assert run.last - run.first <= 256
                         assert block.last - block.first <= 128
-                    assert squares or run.kind != Kind.CAUSAL
             assert int(seen.max()) <= 1
             assert not (dense[b, h] & (seen == 0)).any()
 
 
 def test_documents_are_one_causal_square_each():
-    plan = plan_runs(masks.causal_document(lengths=[300, 200, 500]), 128, 256, squares=True)
+    plan = plan_runs(masks.causal_document(lengths=[300, 200, 500]), 128, 512, squares=True)
     (blocks,) = plan.blocks[0]
     assert [(b.first, b.last, b.runs) for b in blocks] == [
         (a, b, ((a, b, Kind.CAUSAL),)) for a, b in ((0, 300), (300, 500), (500, 1000))
@@ -71,6 +72,15 @@ def test_little_that_is_hidden_is_visited(name, most):
         for run in block.runs
     )
     assert area / mask.visible_pairs() < most
+
+
+def test_long_documents_are_cut_into_full_runs_and_squares():
+    (blocks,) = plan_runs(masks.causal_document(lengths=[300, 100]), 64, 200, squares=True).blocks[0]
+    assert [(b.first, b.last, b.runs) for b in blocks] == [
+        (0, 150, ((0, 150, Kind.CAUSAL),)),
+        (150, 300, ((0, 150, Kind.FULL), (150, 300, Kind.CAUSAL))),
+        (300, 400, ((300, 400, Kind.CAUSAL),)),
+    ]
 
 
 def test_made_once_for_all_layers_and_forgotten_with_the_mask():
