@@ -56,16 +56,10 @@ def test_works_without_optional_packages(missing):
 
 @pytest.mark.timing
 def test_importing_takes_little_more_than_transformers():
-    clock = "import time; begin = time.perf_counter(); {}; print(time.perf_counter() - begin)"
-    models = "from transformers import PreTrainedModel"
-    for ours, theirs in (
-        ("import transformers, hf_flashmask", "import transformers"),
-        (f"import hf_flashmask; {models}", models),
-    ):
-        # In turns, and the best of each: the machine's other work comes and goes.
-        times = [[float(python(clock.format(code))) for code in (ours, theirs)] for _ in range(5)]
-        best_ours, best_theirs = (min(column) for column in zip(*times, strict=True))
-        assert best_ours - best_theirs <= 0.3
+    # Timed after Transformers in one process: a difference of two imports of five seconds would be mostly noise.
+    clock = "{}; import time; begin = time.perf_counter(); import hf_flashmask; print(time.perf_counter() - begin)"
+    for transformers in ("import transformers", "from transformers import PreTrainedModel"):
+        assert min(float(python(clock.format(transformers))) for _ in range(3)) <= 0.3
 
 
 @pytest.mark.parametrize("first", ["hf_flashmask", "transformers.modeling_utils"])
