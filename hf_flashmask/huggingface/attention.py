@@ -94,6 +94,7 @@ def flashmask_attention_forward(
         query, key, value = (t.to(lower) for t in (query, key, value))
 
     q_len, kv_len = query.shape[2], key.shape[2]
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is None:
         mask: ColumnMask = _without_mask(module, q_len, kv_len, is_causal, sliding_window, query.device)
     elif isinstance(attention_mask, ColumnMask):
@@ -126,11 +127,10 @@ def flashmask_attention_forward(
     return out, None
 
 
-def _attends_elsewhere(module: torch.nn.Module, is_causal: bool | None) -> bool:
+def _attends_elsewhere(module: torch.nn.Module, is_causal: bool) -> bool:
     """Whether keys may come from another sequence, to which the queries' position_ids do not apply."""
     if getattr(module, "is_cross_attention", False):
         return True
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     return not is_causal and bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
 
 
@@ -138,12 +138,11 @@ def _without_mask(
     module: torch.nn.Module,
     q_len: int,
     kv_len: int,
-    is_causal: bool | None,
+    is_causal: bool,
     sliding_window: int | None,
     device: torch.device,
 ) -> ColumnMask:
     """What a module that made no mask means: everything, or the causal triangle where it says so, as sdpa reads it."""
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not is_causal or q_len == 1:
         if sliding_window is not None and sliding_window < kv_len:
             raise NotImplementedError(
@@ -156,8 +155,9 @@ def _without_mask(
             f"{type(module).__name__}: causal attention of {q_len} queries to {kv_len} keys without a mask is "
             "ambiguous (aligned to the first or to the last key?); pass a mask"
         )
-    mask = masks.causal(kv_len, device=device)
-    if sliding_window is not None:
+    if sliding_window is None:
+        mask = masks.causal(kv_len, device=device)
+    else:
         mask = masks.sliding_window(kv_len, sliding_window, device=device)
     return BuiltMask.of(mask, documents_known=False)
 

@@ -88,10 +88,8 @@ def flashmask_mask(
     documents = None
     if position_ids is not None and isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length:
         kept = None if attention_mask is None else attention_mask[:, :q_length].to(torch.bool)
-        documents = documents_from_position_ids(position_ids, q_length, kept)
-    keys = _Keys(
-        torch.arange(kv_length, device=device) + kv_offset, None if documents is None else documents.start.to(device)
-    )
+        documents = documents_from_position_ids(position_ids.to(device), q_length, kept)
+    keys = _Keys(torch.arange(kv_length, device=device) + kv_offset, None if documents is None else documents.start)
     rows = _rows(mask_function, keys)
     if rows is None:
         if torch.compiler.is_compiling():

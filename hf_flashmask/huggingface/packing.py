@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -119,7 +120,7 @@ def _seen(mask: ColumnMask) -> Tensor:
     return (mask.visible_rows() > 0).any(1)
 
 
-def _once(mask: ColumnMask, given: tuple[Tensor, ...], documents: Any) -> ColumnMask:
+def _once(mask: ColumnMask, given: tuple[Tensor, ...], documents: Callable[[], Documents | None]) -> ColumnMask:
     # Layers share the mask and the tensors; holding the tensors keeps their ids from being reused.
     known = mask._cache.get("documents")
     if known is None or len(known[0]) != len(given) or any(a is not b for a, b in zip(known[0], given, strict=True)):
