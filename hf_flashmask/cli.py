@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def _need(packages: Sequence[str], extra: str) -> None:
@@ -29,6 +32,66 @@ def _bench_cpu(args: argparse.Namespace) -> None:
     from hf_flashmask.bench import cpu
 
     print(cpu.report(cpu.Setup(seq_len=args.seq_len, threads=args.threads, repeats=args.repeats)))
+
+
+def _bench_kernels(args: argparse.Namespace) -> None:
+    from hf_flashmask.bench import kernel_masks, kernels
+
+    with _refusals():
+        setup = kernels.Setup(
+            lengths=tuple(args.lengths),
+            head_dims=tuple(args.head_dims),
+            masks=tuple(args.masks or kernel_masks.MASKS),
+            peers=tuple(args.peers) if args.peers else None,
+            tokens=args.tokens,
+            hidden=args.hidden,
+            **_common(args),
+        )
+        print("\n" + kernels.run(setup))
+    print(f"\nwrote {args.out}")
+
+
+def _bench_sparsity(args: argparse.Namespace) -> None:
+    from hf_flashmask.bench import sparsity
+
+    with _refusals():
+        setup = sparsity.Setup(
+            seq_len=args.seq_len,
+            head_dim=args.head_dim,
+            heads=args.heads,
+            batch=args.batch,
+            count=args.count,
+            peer=args.peer,
+            **_common(args),
+        )
+        print("\n" + sparsity.run(setup))
+    print(f"\nwrote {args.out}")
+
+
+def _bench_plot(args: argparse.Namespace) -> None:
+    _need(("matplotlib",), "bench")
+    from hf_flashmask.bench import plots
+
+    out = args.out or args.csv.with_suffix(".png")
+    with _refusals():
+        plots.plot(args.csv, out)
+    print(f"wrote {out}")
+
+
+def _common(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("out", "backend", "device", "time_budget", "commit")
+    return {name: getattr(args, name) for name in names} | {"plugins": tuple(args.plugin), "command": args.command}
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """What a benchmark refuses to do ends the command with its message."""
+    from hf_flashmask.bench.records import Refusal
+
+    try:
+        yield
+    except Refusal as error:
+        sys.exit(f"flashmask: {error}")
 
 
 def _positive(text: str) -> int:
@@ -55,11 +118,47 @@ def parser() -> argparse.ArgumentParser:
     cpu.add_argument("--threads", type=_positive, default=2, help="CPU threads (%(default)s)")
     cpu.add_argument("--repeats", type=_positive, default=3, help="timed repeats (%(default)s)")
     cpu.set_defaults(run=_bench_cpu)
+
+    kernels = bench.add_parser("kernels", help="forward and backward of every mask, against other kernels")
+    kernels.add_argument("--lengths", type=_positive, nargs="+", default=[8192, 32768, 131072], help="tokens a row")
+    kernels.add_argument("--head-dims", type=_positive, nargs="+", default=[64, 128])
+    kernels.add_argument("--masks", nargs="+", help="names, default all")
+    kernels.add_argument("--peers", nargs="+", help="names, default all and those of plugins")
+    kernels.add_argument("--tokens", type=_positive, default=131072, help="batch x length (%(default)s)")
+    kernels.add_argument("--hidden", type=_positive, default=4096, help="heads x head dim (%(default)s)")
+    _add_common(kernels, "kernels.csv")
+    kernels.set_defaults(run=_bench_kernels)
+
+    sparsity = bench.add_parser("sparsity", help="time against visited tiles, over packed causal documents")
+    sparsity.add_argument("--seq-len", type=_positive, default=32768, help="tokens a row (%(default)s)")
+    sparsity.add_argument("--head-dim", type=_positive, default=128, help="(%(default)s)")
+    sparsity.add_argument("--heads", type=_positive, default=32, help="(%(default)s)")
+    sparsity.add_argument("--batch", type=_positive, default=4, help="(%(default)s)")
+    sparsity.add_argument("--count", type=_positive, default=40, help="masks (%(default)s)")
+    sparsity.add_argument("--peer", default="flashmask", help="whose kernel (%(default)s)")
+    _add_common(sparsity, "sparsity.csv")
+    sparsity.set_defaults(run=_bench_sparsity)
+
+    plot = bench.add_parser("plot", help="a picture of what 'kernels' or 'sparsity' wrote")
+    plot.add_argument("csv", type=Path)
+    plot.add_argument("--out", type=Path, help="picture to write (the CSV's name with .png)")
+    plot.set_defaults(run=_bench_plot)
     return top
 
 
+def _add_common(command: argparse.ArgumentParser, out: str) -> None:
+    command.add_argument("--plugin", type=Path, action="append", default=[], help="file with PEERS; may be repeated")
+    command.add_argument("--out", type=Path, default=Path(out), help="CSV to append rows to (%(default)s)")
+    command.add_argument("--backend", default="triton", help="of ours (%(default)s)")
+    command.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(%(default)s)")
+    command.add_argument("--time-budget", type=float, metavar="SECONDS", help="start no further case after this")
+    command.add_argument("--commit", help="what to write as the commit (default: that of the checkout)")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
+    args.command = shlex.join(["flashmask", *argv])
     args.run(args)
 
 

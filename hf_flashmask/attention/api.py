@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
 from typing import Literal, overload
 
@@ -14,11 +12,8 @@ from hf_flashmask.masks import ColumnMask
 from hf_flashmask.masks import causal as causal_mask
 from hf_flashmask.masks import full as full_mask
 
-from . import op, reference
+from . import backends, op, reference
 
-logger = logging.getLogger(__name__)
-
-BACKENDS = ("auto", "reference", "torch")
 MAX_HEAD_DIM = 512  # Gemma 4 has global layers of 512
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -27,7 +22,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def flashmask_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: ColumnMask | None = ..., *, startend_row_indices: Tensor | None = ...,
     causal: bool = ..., softmax_scale: float | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
-    return_lse: Literal[False] = ..., backend: str = ...,
+    return_lse: Literal[False] = ..., deterministic: bool = ..., backend: str = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -35,7 +30,7 @@ def flashmask_attention(
 def flashmask_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: ColumnMask | None = ..., *, startend_row_indices: Tensor | None = ...,
     causal: bool = ..., softmax_scale: float | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
-    return_lse: Literal[True], backend: str = ...,
+    return_lse: Literal[True], deterministic: bool = ..., backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -51,6 +46,7 @@ def flashmask_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     return_lse: bool = False,
+    deterministic: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention under a column mask, skipping what it hides. Differentiable in q, k, v and sinks.
@@ -68,8 +64,10 @@ def flashmask_attention(
         sinks: ``[Hq]``, one more logit a head that takes weight and gives no value, as in gpt-oss.
         return_lse: also return ``lse``, float32 ``[B, Hq, Sq]`` (float64 for float64), the log of the softmax
             denominator, sinks included; differentiable.
-        backend: "auto", "torch" (skips hidden tiles, any device) or "reference" (dense). An explicit choice is never
-            replaced by another.
+        backend: "auto", "triton" (GPUs; 16-bit or float32, head dims up to 256), "torch" (any device) or "reference"
+            (dense, for tests). An explicit choice is never replaced by another; "auto" takes Triton where it serves.
+        deterministic: refuse kernels whose gradients may differ in the last bits from run to run. Those of all present
+            backends never do, so this changes nothing today.
 
     Returns:
         ``out [B, Sq, Hq, Dv]``, or ``(out, lse)``. A query that sees no key has output 0, lse -inf (the sink's logit
@@ -94,22 +92,14 @@ def flashmask_attention(
             raise ValueError(
                 f"sinks must be [Hq] = [{q.shape[2]}] on {q.device}, got {tuple(sinks.shape)} on {sinks.device}"
             )
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "reference":
+    chosen = backends.choose(backend, q, v)
+    if chosen == "reference":
         with torch.autocast(q.device.type, enabled=False):
             out, lse = reference.attention(q, k, v, mask, softmax_scale=softmax_scale, softcap=softcap, sinks=sinks)
     else:
-        if backend == "auto" and q.device.type != "cpu" and not torch.compiler.is_compiling():
-            _say_once(f"flashmask: on {q.device.type} devices the 'torch' backend (plain PyTorch) serves for now")
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-        out, lse = op.attention(q, k, v, mask.bounds, mask.causal, softmax_scale, softcap, sinks, "torch")
+        out, lse = op.attention(q, k, v, mask.bounds, mask.causal, softmax_scale, softcap, sinks, chosen)
     return (out, lse) if return_lse else out
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    logger.warning(message)
 
 
 def _number(name: str, value: float) -> float:

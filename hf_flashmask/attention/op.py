@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_flashmask.masks import ColumnMask
 
-_MODULES = {"torch": "hf_flashmask.attention.torch_blocks"}
+_MODULES = {"torch": "hf_flashmask.attention.torch_blocks", "triton": "hf_flashmask.attention.triton"}
 
 
 def _backend(name: str) -> ModuleType:

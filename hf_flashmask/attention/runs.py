@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_flashmask.masks import ColumnMask, intervals
+
+from .plan import cached
 
 # Equal bounds on this many columns make a row boundary worth cutting at.
 _MIN_SHARED = 64
@@ -77,18 +78,10 @@ def plan_runs(mask: ColumnMask, block_m: int, block_n: int, *, squares: bool) ->
     return RunPlan(tuple(tuple(plan(b, h) for h in range(heads)) for b in range(batch)), start, end)
 
 
-# Plans live as long as the bounds they were made from, so all layers and the backward share one.
-_plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
 def cached_plan(mask: ColumnMask, block_m: int, block_n: int, *, squares: bool) -> RunPlan:
     """``plan_runs``, remembered for the mask's bounds tensor."""
-    plans = _plans.setdefault(mask.bounds, {})
-    version = None if mask.bounds.is_inference() else mask.bounds._version
-    key = (version, mask.causal, mask.q_len, block_m, block_n, squares)
-    if key not in plans:
-        plans[key] = plan_runs(mask, block_m, block_n, squares=squares)
-    return plans[key]
+    key = ("runs", block_m, block_n, squares)
+    return cached(mask, key, lambda: plan_runs(mask, block_m, block_n, squares=squares))
 
 
 class _Planner:

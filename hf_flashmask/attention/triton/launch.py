@@ -1,0 +1,222 @@
+"""Launches the kernels: tensors in, strides, descriptors and configurations worked out, tensors back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from hf_flashmask.attention.plan import TileList, TilePlan, cached
+from hf_flashmask.masks import ColumnMask
+
+from . import configs, plan
+from .backward import dkdv_kernel, dq_kernel
+from .configs import PLAN_BLOCK, Config, padded
+from .forward import forward_kernel
+
+_LOG2E = 1.4426950408889634
+
+
+def build_plan(mask: ColumnMask) -> TilePlan:
+    """A new plan for a mask, as ``tile_plan`` makes once."""
+    with torch.cuda.device_of(mask.bounds):
+        return plan.build(mask, PLAN_BLOCK, PLAN_BLOCK)
+
+
+def tile_plan(mask: ColumnMask) -> TilePlan:
+    """The mask's plan, made once: all layers, the forward and the backward share it."""
+    return cached(mask, ("tiles", PLAN_BLOCK), lambda: build_plan(mask))
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: ColumnMask, softmax_scale: float, softcap: float, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """q ``[B, Sq, Hq, D]``, k ``[B, Sk, Hkv, D]``, v ``[B, Sk, Hkv, Dv]`` to out ``[B, Sq, Hq, Dv]`` and lse."""
+    q, softmax_scale = _positive_scale(q, softmax_scale)
+    batch, q_len, heads_q, _ = q.shape
+    out = q.new_empty(batch, q_len, heads_q, v.shape[3])
+    lse = q.new_empty(batch, heads_q, q_len, dtype=torch.float32)
+    case = _Case(q, k, v, mask, softmax_scale, softcap)
+    case.launch(
+        forward_kernel, "forward", {"q": q, "k": k, "v": v, "out": out},
+        {"lse": lse, "sinks": sinks if sinks is not None else lse}, SINKS=sinks is not None,
+    )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: ColumnMask,
+    softmax_scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and sinks, in their shapes and dtypes; the same bits run after run."""
+    given_scale = softmax_scale
+    q, softmax_scale = _positive_scale(q, softmax_scale)
+    do = do if do.stride(-1) == 1 else do.contiguous()
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    stats_len = triton.cdiv(q.shape[1], PLAN_BLOCK) * PLAN_BLOCK
+    stats = lse.new_empty(*lse.shape[:2], 2, stats_len)
+    case = _Case(q, k, v, mask, softmax_scale, softcap)
+    case.launch(
+        dq_kernel, "dq", {"q": q, "k": k, "v": v, "out": out, "do": do, "dq": dq},
+        {"lse": lse, "dlse": lse if dlse is None else dlse.contiguous(), "stats": stats}, DLSE=dlse is not None,
+    )  # fmt: skip
+    case.launch(dkdv_kernel, "dkdv", {"q": q, "k": k, "v": v, "do": do, "dk": dk, "dv": dv}, {"stats": stats})
+    if given_scale <= 0:
+        dq = dq * (-1.0 if given_scale < 0 else 0.0)
+    dsinks = None
+    if sinks is not None:
+        dsinks = -((sinks.float()[:, None] - lse).exp() * stats[:, :, 1, : q.shape[1]]).sum((0, 2)).to(sinks.dtype)
+    return dq, dk, dv, dsinks
+
+
+def _positive_scale(q: Tensor, softmax_scale: float) -> tuple[Tensor, float]:
+    """The kernels scale after taking a maximum, so a sign goes into q; zero too."""
+    if softmax_scale > 0:
+        return q, softmax_scale
+    return (-q, -softmax_scale) if softmax_scale < 0 else (torch.zeros_like(q), 1.0)
+
+
+class _Case:
+    """One attention problem: what all its launches have in common."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, mask: ColumnMask, softmax_scale: float, softcap: float) -> None:
+        self.batch, self.q_len, self.heads_q, self.head_dim = q.shape
+        self.kv_len, self.heads_kv, self.head_dim_v = k.shape[1], k.shape[2], v.shape[3]
+        self.device, self.dtype = q.device, q.dtype
+        self.mask, self.plan = mask, tile_plan(mask)
+        self.softmax_scale = softmax_scale
+        # Scores become powers of two, since exp2 is what the hardware has.
+        self.qk_scale = (softcap or softmax_scale) * _LOG2E
+        self.cap_scale = softmax_scale / softcap if softcap else 0.0
+        self.softcap = bool(softcap)
+
+    def launch(
+        self, kernel: Any, name: str, tiles: dict[str, Tensor], vectors: dict[str, Tensor], **flags: bool
+    ) -> None:
+        """Run a kernel with the first configuration that the device has room for.
+
+        Args:
+            tiles: its ``[B, S, H, D]`` tensors by parameter name.
+            vectors: its other tensors.
+        """
+        capability, room = _device(self.device)
+        tma = configs.uses_tma(capability, self.dtype.itemsize) and all(_describable(t) for t in tiles.values())
+        choices = configs.candidates(name, capability, room, self.head_dim, self.head_dim_v, self.dtype.itemsize)
+        for i, config in enumerate(choices):
+            try:
+                self._launch(kernel, name == "dkdv", config, tma, tiles, vectors, flags)
+                return
+            except OutOfResources as error:
+                if i + 1 == len(choices):
+                    raise RuntimeError(
+                        f"no configuration of the {name} kernel fits {self.device}: head dims {self.head_dim} and "
+                        f"{self.head_dim_v} of {self.dtype} need {error.required} of {error.name}, the device has "
+                        f"{error.limit}; use backend='torch'"
+                    ) from error
+
+    def _launch(
+        self,
+        kernel: Any,
+        by_columns: bool,
+        config: Config,
+        tma: bool,
+        tiles: dict[str, Tensor],
+        vectors: dict[str, Tensor],
+        flags: dict[str, bool],
+    ) -> None:
+        lists: TileList = self.plan.columns if by_columns else self.plan.rows
+        split_m, split_n = PLAN_BLOCK // config.block_m, PLAN_BLOCK // config.block_n
+        heads = self.heads_kv if by_columns else self.heads_q
+        masks_b, masks_h = self.mask.shape[:2]
+        arguments: dict[str, Any] = {}
+        for name, t in tiles.items():
+            rows = config.block_m if name in _QUERY_SIDE else config.block_n
+            arguments[name] = _descriptor(t, rows) if tma else t
+            strides = [0, 0, 0] if tma else [t.stride(d) if t.shape[d] > 1 else 0 for d in (0, 2, 1)]
+            short = _SHORT.get(name, name)
+            arguments.update(zip((f"{short}_sb", f"{short}_sh", f"{short}_ss"), strides, strict=True))
+        if by_columns or "dq" in tiles:
+            arguments.update(softmax_scale=self.softmax_scale, stats_len=vectors["stats"].shape[3])
+        bounds, bounds_len = self.plan.bounds, self.plan.bounds.shape[1]
+        tma_bounds = tma and not config.merge
+        if tma_bounds:
+            bounds = _row_descriptor(bounds, config.block_n)
+        if tma and by_columns:
+            vectors = {**vectors, "stats": _row_descriptor(vectors["stats"].flatten(0, 2), config.block_m)}
+        registers = {} if by_columns else {"IN_REGISTERS": config.in_registers}
+        blocks = lists.lines * (split_n if by_columns else split_m)
+        with torch.cuda.device_of(self.plan.bounds):  # Triton launches on the current device
+            kernel[(self.batch * heads * blocks,)](
+                **arguments, **vectors, bounds=bounds, bounds_len=bounds_len, spans=lists.spans, counts=lists.counts,
+                order=lists.order,
+                q_len=self.q_len, kv_len=self.kv_len, lines=lists.lines, capacity=lists.capacity,
+                heads_total=self.batch * heads, heads=heads, group=self.heads_q // self.heads_kv,
+                mask_stride=masks_h if masks_b > 1 else 0, mask_heads=self.heads_q // masks_h,
+                qk_scale=self.qk_scale, cap_scale=self.cap_scale,
+                HEAD_DIM=self.head_dim, HEAD_DIM_V=self.head_dim_v,
+                BLOCK_D=padded(self.head_dim), BLOCK_DV=padded(self.head_dim_v),
+                BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT_M=split_m, SPLIT_N=split_n,
+                CAUSAL=self.mask.causal, NUM_BOUNDS=self.mask.bounds.shape[2], SOFTCAP=self.softcap,
+                TMA=tma, TMA_BOUNDS=tma_bounds, PRECISION=_precision(self.dtype), HEAD_GROUP=config.head_group,
+                STAGES=config.num_stages, MERGE=config.merge, **registers, **flags,
+                num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+            )  # fmt: skip
+
+
+_QUERY_SIDE = {"q", "out", "do", "dq"}
+_SHORT = {"out": "o"}
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How float32 tiles are multiplied: tf32 only where the user allowed it for torch's own matmuls.
+
+    Otherwise in three tf32 products, which give float32's accuracy on tensor cores.
+    """
+    if dtype != torch.float32 or torch.version.hip:
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _device(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Compute capability and shared memory a block; a CPU is Triton's interpreter."""
+    if device.type == "cpu":
+        return (8, 0), 2**30
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return (0, 0), 65536
+    return (properties.major, properties.minor), properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
+def _describable(t: Tensor) -> bool:
+    """Whether a TMA descriptor can address it: 16-byte alignment everywhere, no broadcast dimension."""
+    strides = [t.stride(d) * t.element_size() for d in range(3) if t.shape[d] > 1]
+    return (
+        t.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides) and t.shape[3] * t.element_size() >= 16
+    )
+
+
+def _descriptor(t: Tensor, rows: int) -> TensorDescriptor:
+    """``[B, H, S, D]`` view of t, in boxes of ``rows`` x D."""
+    batch, length, heads, head_dim = t.shape
+    shape = [batch, heads, length, head_dim]
+    # A stride that is never taken still has to be valid.
+    strides = [t.stride(d) if t.shape[d] > 1 else 16 for d in (0, 2, 1)]
+    return TensorDescriptor(t, shape, [*strides, 1], [1, 1, rows, padded(head_dim)])
+
+
+def _row_descriptor(t: Tensor, columns: int) -> TensorDescriptor:
+    """A matrix, in pieces of one row."""
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), [1, columns])

@@ -1,0 +1,157 @@
+"""What the kernels share: loading tiles, masking with column bounds, walking a list of tiles, finding the work.
+
+Names: m are query rows, n key columns; b, h batch and query head; a tile is BLOCK_M x BLOCK_N.
+"""
+
+import triton
+import triton.language as tl
+
+# Lengths and counts, which must not make a kernel compile anew (names a kernel lacks are ignored).
+LENGTHS = (
+    "q_len", "kv_len", "bounds_len", "stats_len", "words_len", "lines", "row_tiles", "column_tiles", "capacity",
+    "heads_total", "heads", "group", "mask_stride", "mask_heads",
+)  # fmt: skip
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# What the running maximum starts from: finite, so that rows which have seen nothing yet need no special case.
+LOWEST = tl.constexpr(-1e30)
+
+
+@triton.jit
+def load_tile(x, b, h, row, stride_b, stride_h, stride_s, rows, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+              BLOCK_D: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+    """Rows [row, row + BLOCK) of head (b, h): [BLOCK, BLOCK_D]; zeros beyond ``rows`` and beyond the head dim SIZE."""
+    if TMA:
+        tile = x.load([b, h, row, 0]).reshape(BLOCK, BLOCK_D)
+    else:
+        s = row + tl.arange(0, BLOCK)
+        d = tl.arange(0, BLOCK_D)
+        start = x + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + row.to(tl.int64) * stride_s
+        at = start + tl.arange(0, BLOCK)[:, None] * stride_s + d[None, :]
+        inside = (s < rows)[:, None]
+        if SIZE < BLOCK_D:
+            inside = inside & (d < SIZE)[None, :]
+        tile = tl.load(at, mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def store_tile(x, tile, b, h, row, stride_b, stride_h, stride_s, rows, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+               BLOCK_D: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+    """The counterpart of load_tile; rows and columns beyond the tensor are dropped."""
+    if TMA:
+        x.store([b, h, row, 0], tile.to(x.dtype).reshape(1, 1, BLOCK, BLOCK_D))
+    else:
+        s = row + tl.arange(0, BLOCK)
+        d = tl.arange(0, BLOCK_D)
+        start = x + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + row.to(tl.int64) * stride_s
+        at = start + tl.arange(0, BLOCK)[:, None] * stride_s + d[None, :]
+        inside = (s < rows)[:, None]
+        if SIZE < BLOCK_D:
+            inside = inside & (d < SIZE)[None, :]
+        tl.store(at, tile.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_row(x, row, column, stride, BLOCK: tl.constexpr, TMA: tl.constexpr):
+    """x[row, column : column + BLOCK] as [1, BLOCK], of a matrix padded to whole blocks."""
+    if TMA:
+        values = x.load([row.to(tl.int32), column])
+    else:
+        values = tl.load(x + row.to(tl.int64) * stride + column + tl.arange(0, BLOCK)[None, :])
+    return values
+
+
+@triton.jit
+def load_bounds(bounds, mask, n0, stride, BLOCK_N: tl.constexpr, NUM_BOUNDS: tl.constexpr, TMA: tl.constexpr):
+    """The plan's bound vectors of BLOCK_N columns, four of [1, BLOCK_N]; those beyond NUM_BOUNDS repeat the first."""
+    row = mask * NUM_BOUNDS
+    b0 = load_row(bounds, row, n0, stride, BLOCK_N, TMA)
+    b1 = b0
+    b2 = b0
+    b3 = b0
+    if NUM_BOUNDS >= 2:
+        b1 = load_row(bounds, row + 1, n0, stride, BLOCK_N, TMA)
+    if NUM_BOUNDS == 4:
+        b2 = load_row(bounds, row + 2, n0, stride, BLOCK_N, TMA)
+        b3 = load_row(bounds, row + 3, n0, stride, BLOCK_N, TMA)
+    return b0, b1, b2, b3
+
+
+@triton.jit
+def is_visible(m, n, b0, b1, b2, b3, diagonal, CAUSAL: tl.constexpr, NUM_BOUNDS: tl.constexpr):
+    """Which (m, n) the bounds show, in the broadcast shape of m and n; diagonal = kv_len - q_len."""
+    if NUM_BOUNDS == 1:
+        visible = m < b0
+    elif NUM_BOUNDS == 2 and CAUSAL:
+        visible = (m < b0) | (m >= b1)
+    elif NUM_BOUNDS == 2:
+        visible = (m < b0) & (m >= b1)
+    else:
+        visible = ((m < b0) | (m >= b1)) & ((m < b2) | (m >= b3))
+    if CAUSAL:
+        visible = visible & (m >= n - diagonal)
+    return visible
+
+
+@triton.jit
+def find_work(order, lines, heads_total, heads, group, mask_stride, mask_heads, SPLIT: tl.constexpr,
+              HEAD_GROUP: tl.constexpr):  # fmt: skip
+    """(block, b, h, mask) of this program; SPLIT blocks make up a line of tiles.
+
+    ``heads`` are those that programs are for, each standing for ``group`` query heads.
+    HEAD_GROUP heads at a time, so that what they read stays in L2; within a group the heaviest lines of all its heads
+    go first, so that the last programs are short.
+    """
+    blocks = lines * SPLIT
+    pid = tl.program_id(0)
+    first = pid // (HEAD_GROUP * blocks) * HEAD_GROUP
+    size = tl.minimum(HEAD_GROUP, heads_total - first)
+    rank = (pid - first * blocks) // size
+    bh = first + (pid - first * blocks) % size
+    b = bh // heads
+    h = bh % heads
+    mask = (b * mask_stride + h * group // mask_heads).to(tl.int64)
+    block = tl.load(order + mask * lines + rank // SPLIT) * SPLIT + rank % SPLIT
+    return block, b, h, mask
+
+
+@triton.jit
+def open_list(spans, counts, mask, line, lines, capacity, SPLIT: tl.constexpr):
+    """Where a line's walk begins: its spans, (partial, full) blocks to visit, and (span, block, last) of the first.
+
+    SPLIT blocks make up a tile.
+    """
+    at = mask * lines + line
+    partial = tl.load(counts + at * 2) * SPLIT
+    full = tl.load(counts + at * 2 + 1) * SPLIT
+    spans += at * capacity * 4
+    span = tl.where(partial == 0, capacity, 0)
+    block = tl.load(spans + span * 2).to(tl.int32) * SPLIT
+    last = tl.load(spans + span * 2 + 1).to(tl.int32) * SPLIT
+    return spans, partial, full, span, block, last
+
+
+@triton.jit
+def next_block(spans, span, block, last, t, partial, capacity, SPLIT: tl.constexpr):
+    """(span, block, last) of visit t + 1; after the last visit, what follows the list, which nobody uses."""
+    block += 1
+    moves = block == last
+    span += moves.to(tl.int32)
+    span = tl.where(t + 1 == partial, capacity, span)
+    block = tl.where(moves, tl.load(spans + span * 2).to(tl.int32) * SPLIT, block)
+    last = tl.load(spans + span * 2 + 1).to(tl.int32) * SPLIT
+    return span, block, last
+
+
+@triton.jit
+def tanh(x):
+    return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
+
+
+@triton.jit
+def to_registers(tile, q_len):
+    """The same tile, as the result of arithmetic, which Triton feeds to wgmma from registers: shared memory is left to
+    the operands that stream by. (A factor of 1 known at compile time would be folded away.)
+    """
+    return tile * (q_len > 0).to(tile.dtype)

@@ -1,0 +1,146 @@
+"""``flashmask bench plot``: pictures of what the other benchmarks wrote, from the CSV file alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import sparsity
+from .records import Refusal, read
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Row = Mapping[str, str]
+
+PASSES = {"fwd": "forward", "bwd": "backward"}
+# Okabe and Ito's colours, which stay apart for colour-blind readers; hatches for those who print.
+_OURS = "#0072b2"
+_COLORS = ("#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#7f7f7f")
+_HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo")
+_INK = "#333a41"
+_GAP = 0.9  # between groups of bars, in bars
+
+
+def plot(path: Path, out: Path) -> None:
+    """Draw a file of ``bench kernels`` or ``bench sparsity``, whichever it is.
+
+    Raises:
+        Refusal: the file is neither, or nothing in it was timed.
+    """
+    rows = read(path)
+    if "peer" not in rows[0]:
+        raise Refusal(f"{path} comes from neither 'bench kernels' nor 'bench sparsity'")
+    timed = [row for row in rows if row["ms"]]
+    if not timed:
+        raise Refusal(f"nothing in {path} was timed; its notes say why")
+    figure = _sparsity(timed) if "tiles" in rows[0] else _kernels(timed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out)
+
+
+def _origin(rows: Sequence[Row]) -> str:
+    """GPU and versions; several where a file holds several."""
+
+    def of(column: str) -> str:
+        return " / ".join(dict.fromkeys(row[column] for row in rows if row[column]))
+
+    parts = [of("gpu"), f"torch {of('torch')}", f"triton {of('triton')}" if of("triton") else ""]
+    return ", ".join(part for part in (*parts, f"commit {of('commit')}") if part)
+
+
+def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
+    """Colour and hatch of every peer, ours first."""
+    peers = list(dict.fromkeys(row["peer"] for row in rows))
+    peers.sort(key=lambda peer: peer != "flashmask")
+    styles, others = {}, 0
+    for peer in peers:
+        if peer == "flashmask":
+            styles[peer] = (_OURS, "")
+        else:
+            styles[peer] = (_COLORS[others % len(_COLORS)], _HATCHES[(others + 1) // 2 % len(_HATCHES)])
+            others += 1
+    return styles
+
+
+def _kernels(rows: Sequence[Row]) -> Figure:
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    shapes = sorted({(int(row["seq_len"]), int(row["head_dim"])) for row in rows})
+    # The latest measurement counts, should there be several.
+    found = {(int(r["seq_len"]), int(r["head_dim"]), r["pass"], r["mask"], r["peer"]): float(r["tflops"]) for r in rows}
+    masks = list(dict.fromkeys(row["mask"] for row in rows))
+    styles = _styles(rows)
+    most = max(sum(key[:3] == (*shape, which) for key in found) for shape in shapes for which in PASSES)
+    width = max(5.5, 0.125 * (most + _GAP * len(masks)) + 1.2)
+    height = 3.1 * len(shapes) + 1.3
+    figure = Figure(figsize=(2 * width, height), dpi=120, layout="constrained")
+    axes = figure.subplots(len(shapes), 2, squeeze=False)
+    for line, shape in zip(axes, shapes, strict=True):
+        for ax, which in zip(line, PASSES, strict=True):
+            values = {
+                mask: {p: found[(*shape, which, mask, p)] for p in styles if (*shape, which, mask, p) in found}
+                for mask in masks
+            }
+            _bars(ax, values, styles)
+            ax.set_title(f"{PASSES[which]}, {shape[0]:,} tokens, head dim {shape[1]}", fontsize=11, color=_INK)
+    handles = [Patch(facecolor=c, hatch=h, edgecolor="white", label=peer) for peer, (c, h) in styles.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=11)
+    figure.suptitle(f"Attention kernels, TFLOP/s of visible pairs (higher is better)\n{_origin(rows)}", fontsize=13)
+    return figure
+
+
+def _bars(ax: Axes, values: Mapping[str, Mapping[str, float]], styles: Mapping[str, tuple[str, str]]) -> None:
+    """One group of bars a mask, as wide as there are peers with such a mask."""
+    left, centers = 0.0, []
+    for group in values.values():
+        for i, (peer, tflops) in enumerate(group.items()):
+            color, hatch = styles[peer]
+            ax.bar(left + i + 0.5, tflops, 0.94, color=color, hatch=hatch, edgecolor="white", linewidth=0)
+        centers.append(left + max(1, len(group)) / 2)
+        left += max(1, len(group)) + _GAP
+    names = [name.replace("_", " ") for name in values]
+    ax.set_xticks(centers, names, rotation=32, ha="right", rotation_mode="anchor", fontsize=9)
+    ax.set_xlim(-_GAP, left)
+    ax.set_ylabel("TFLOP/s", color=_INK)
+    _plain(ax)
+    ax.tick_params(axis="x", length=0)
+
+
+def _sparsity(rows: Sequence[Row]) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.5, 4.9), dpi=150, layout="constrained")
+    for ax, (which, title) in zip(figure.subplots(1, 2), PASSES.items(), strict=True):
+        tiles, ms = sparsity.points(rows, which)
+        ax.scatter(tiles, ms, s=26, color=_OURS, zorder=3, label="one mask")
+        if len(set(tiles)) > 1:
+            line = sparsity.fit(tiles, ms)
+            ends = [0.0, max(tiles)]
+            label = f"{line.slope * 1e3:.3g} µs a tile + {line.intercept:.2g} ms, R² = {line.r_squared:.4f}"
+            ax.plot(ends, [line.slope * t + line.intercept for t in ends], color="#d55e00", linewidth=1.6, label=label)
+        ax.set_title(title, fontsize=11, color=_INK)
+        ax.set_xlabel("tiles of 128 x 128 with a visible pair, a head", color=_INK)
+        ax.set_ylabel("ms", color=_INK)
+        ax.set_xlim(left=0)
+        ax.set_ylim(bottom=0)
+        ax.xaxis.set_major_formatter("{x:,.0f}")
+        _plain(ax)
+        ax.legend(frameon=False, loc="upper left", fontsize=9.5)
+    row = rows[0]
+    shape = f"{int(row['seq_len']):,} tokens, {row['heads']} heads of {row['head_dim']}, batch {row['batch']}"
+    figure.suptitle(
+        f"Packed causal documents of rising sparsity: {row['peer']}, {shape}\n{_origin(rows)}", fontsize=11.5
+    )
+    return figure
+
+
+def _plain(ax: Axes) -> None:
+    ax.grid(axis="y", color="#d9dee3", linewidth=0.7)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color("#8a949e")
+    ax.tick_params(colors=_INK)
