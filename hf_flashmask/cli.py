@@ -68,6 +68,21 @@ def _bench_sparsity(args: argparse.Namespace) -> None:
     print(f"\nwrote {args.out}")
 
 
+def _bench_convergence(args: argparse.Namespace) -> None:
+    if args.plot is not None:
+        _need(("matplotlib",), "bench")
+    from hf_flashmask.bench import convergence
+
+    names = (
+        "layers", "hidden", "heads", "intermediate", "row_len", "steps", "lr", "device", "dtype", "out", "plot",
+        "time_budget", "commit", "command",
+    )  # fmt: skip
+    with _refusals():
+        setup = convergence.Setup(**{name: getattr(args, name) for name in names})
+        print("\n" + convergence.run(setup))
+    print("\n" + "\n".join(f"wrote {path}" for path in (args.out, args.plot) if path is not None))
+
+
 def _bench_plot(args: argparse.Namespace) -> None:
     _need(("matplotlib",), "bench")
     from hf_flashmask.bench import plots
@@ -139,7 +154,20 @@ def parser() -> argparse.ArgumentParser:
     _add_common(sparsity, "sparsity.csv")
     sparsity.set_defaults(run=_bench_sparsity)
 
-    plot = bench.add_parser("plot", help="a picture of what 'kernels' or 'sparsity' wrote")
+    convergence = bench.add_parser("convergence", help="losses of a packed training, against sdpa's dense mask")
+    convergence.add_argument("--layers", type=_positive, default=8, help="(%(default)s)")
+    convergence.add_argument("--hidden", type=_positive, default=4096, help="(%(default)s)")
+    convergence.add_argument("--heads", type=_positive, default=32, help="(%(default)s)")
+    convergence.add_argument("--intermediate", type=_positive, default=11008, help="(%(default)s)")
+    convergence.add_argument("--row-len", type=_positive, default=4096, help="tokens a packed row (%(default)s)")
+    convergence.add_argument("--steps", type=_positive, default=20, help="optimizer steps (%(default)s)")
+    convergence.add_argument("--lr", type=float, default=1e-4, help="AdamW's, after a short warm-up (%(default)s)")
+    convergence.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(%(default)s)")
+    convergence.add_argument("--plot", type=Path, metavar="PNG", help="also draw the curves")
+    _add_origin(convergence, "convergence.csv")
+    convergence.set_defaults(run=_bench_convergence)
+
+    plot = bench.add_parser("plot", help="a picture of what 'kernels', 'sparsity' or 'convergence' wrote")
     plot.add_argument("csv", type=Path)
     plot.add_argument("--out", type=Path, help="picture to write (the CSV's name with .png)")
     plot.set_defaults(run=_bench_plot)
@@ -148,8 +176,12 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_common(command: argparse.ArgumentParser, out: str) -> None:
     command.add_argument("--plugin", type=Path, action="append", default=[], help="file with PEERS; may be repeated")
-    command.add_argument("--out", type=Path, default=Path(out), help="CSV to append rows to (%(default)s)")
     command.add_argument("--backend", default="triton", help="of ours (%(default)s)")
+    _add_origin(command, out)
+
+
+def _add_origin(command: argparse.ArgumentParser, out: str) -> None:
+    command.add_argument("--out", type=Path, default=Path(out), help="CSV to append rows to (%(default)s)")
     command.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(%(default)s)")
     command.add_argument("--time-budget", type=float, metavar="SECONDS", help="start no further case after this")
     command.add_argument("--commit", help="what to write as the commit (default: that of the checkout)")

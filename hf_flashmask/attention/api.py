@@ -12,7 +12,8 @@ from hf_flashmask.masks import ColumnMask
 from hf_flashmask.masks import causal as causal_mask
 from hf_flashmask.masks import full as full_mask
 
-from . import backends, op, reference
+from . import op, reference
+from .backends import BACKENDS
 
 MAX_HEAD_DIM = 512  # Gemma 4 has global layers of 512
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -92,13 +93,14 @@ def flashmask_attention(
             raise ValueError(
                 f"sinks must be [Hq] = [{q.shape[2]}] on {q.device}, got {tuple(sinks.shape)} on {sinks.device}"
             )
-    chosen = backends.choose(backend, q, v)
-    if chosen == "reference":
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "reference":
         with torch.autocast(q.device.type, enabled=False):
             out, lse = reference.attention(q, k, v, mask, softmax_scale=softmax_scale, softcap=softcap, sinks=sinks)
     else:
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-        out, lse = op.attention(q, k, v, mask.bounds, mask.causal, softmax_scale, softcap, sinks, chosen)
+        out, lse = op.attention(q, k, v, mask.bounds, mask.causal, softmax_scale, softcap, sinks, backend)
     return (out, lse) if return_lse else out
 
 

@@ -31,17 +31,14 @@ def choose(backend: str, q: Tensor, v: Tensor) -> str:
         if obstacle is not None:
             raise NotImplementedError(f"backend='triton' {obstacle}; use backend='auto' or 'torch'")
         return backend
-    if backend != "auto" or q.device.type == "cpu":
-        return "torch" if backend == "auto" else backend
+    if backend == "torch" or q.device.type == "cpu":
+        return "torch"
     obstacle = _triton_obstacle(q, v)
-    if not torch.compiler.is_compiling():
-        if obstacle is None:
-            _say_once(logging.INFO, f"flashmask: the Triton kernels serve {_name(q)}")
-        else:
-            _say_once(
-                logging.WARNING, f"flashmask: the 'torch' backend (plain PyTorch) serves, since Triton's {obstacle}"
-            )
-    return "triton" if obstacle is None else "torch"
+    if obstacle is None:
+        _say_once(logging.INFO, f"flashmask: the Triton kernels serve {_name(q)}")
+        return "triton"
+    _say_once(logging.WARNING, f"flashmask: plain PyTorch (backend='torch') serves, since backend='triton' {obstacle}")
+    return "torch"
 
 
 def _triton_obstacle(q: Tensor, v: Tensor) -> str | None:
@@ -72,7 +69,6 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int] | None:
     return None if torch.version.hip else torch.cuda.get_device_capability(device)

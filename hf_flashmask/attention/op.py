@@ -1,7 +1,7 @@
 """The torch.library operators: schema, shapes for tracing, autograd. Imports torch only.
 
-One pair of operators serves every kernel backend; the backend's name is an argument, so a graph records what was
-chosen. A backend is a module with ``forward`` and ``backward`` as in ``torch_blocks``.
+One pair of operators serves every kernel backend; the name asked for is an argument, and which one serves is settled
+when the operator runs. A backend is a module with ``forward`` and ``backward`` as in ``torch_blocks``.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from torch import Tensor
 
 from hf_flashmask.masks import ColumnMask
 
+from .backends import choose
+
 _MODULES = {"torch": "hf_flashmask.attention.torch_blocks", "triton": "hf_flashmask.attention.triton"}
 
 
-def _backend(name: str) -> ModuleType:
-    return importlib.import_module(_MODULES[name])
+def _backend(name: str, q: Tensor, v: Tensor) -> ModuleType:
+    return importlib.import_module(_MODULES[choose(name, q, v)])
 
 
 @torch.library.custom_op("hf_flashmask::attention", mutates_args=())
@@ -37,7 +39,7 @@ def attention(
     mask = ColumnMask(bounds, causal=causal, q_len=q.shape[1])
     # The caller chose the dtypes; autocast must not lower the arithmetic inside.
     with torch.autocast(q.device.type, enabled=False):
-        out, lse = _backend(backend).forward(q, k, v, mask, softmax_scale, softcap, sinks)
+        out, lse = _backend(backend, q, v).forward(q, k, v, mask, softmax_scale, softcap, sinks)
     return out, lse
 
 
@@ -69,7 +71,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mask = ColumnMask(bounds, causal=causal, q_len=q.shape[1])
     with torch.autocast(q.device.type, enabled=False):
-        dq, dk, dv, dsinks = _backend(backend).backward(
+        dq, dk, dv, dsinks = _backend(backend, q, v).backward(
             do, dlse, q, k, v, out, lse, mask, softmax_scale, softcap, sinks
         )
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks

@@ -1,6 +1,6 @@
-"""TilePlan: which tiles of the score matrix a kernel visits, as spans of tiles, made and kept on the device.
+"""TileList: which tiles of the score matrix a kernel visits, as spans of tiles, made and kept on the device.
 
-Knows no kernel language. The kernels that fill a plan are in ``triton/plan.py``.
+Knows no kernel language. The kernels that make a list are in ``triton/plan.py``.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_flashmask.masks import ColumnMask
 
-# Spans of a kind (partial, full) that a list holds. Alternating kinds fill half a list of twice as many tiles.
-MAX_SPANS = 128
+# Spans of a kind (partial, full) that a line has room for.
+MAX_SPANS = 64
 
 
 class TileList(NamedTuple):
-    """For every line of tiles (a row or a column of the tile grid), the tiles it visits.
+    """For every line of tiles, a row or a column of the tile grid, the tiles that it visits.
 
-    A span ``[first, last)`` is a run of tiles of one kind, ascending. Tile indices are along the line. A line with more
-    than ``capacity`` spans of a kind is given as one partial span from its first to its last visited tile: still exact,
-    since kernels mask partial tiles, only slower.
+    A span ``[first, last)`` is a run of tiles of one kind, ascending. A line with more than ``capacity`` spans of a
+    kind is given as one partial span from its first to its last visited tile: still exact, since kernels mask partial
+    tiles, only slower. Memory is O(lines), never per tile. A mask is one of the ``[B|1, Hm|1]`` of a ``ColumnMask``.
     """
 
     spans: Tensor  # int16 [masks * lines * 2 * capacity + 1, 2]: a line's partial spans, then its full spans
@@ -37,27 +37,13 @@ class TileList(NamedTuple):
     def lines(self) -> int:
         return self.order.shape[1]
 
-
-class TilePlan(NamedTuple):
-    """Tiles of ``block_m`` rows by ``block_n`` columns. A mask is one of the ``[B|1, Hm|1]`` of a ``ColumnMask``.
-
-    Memory is a copy of the bounds, and 4 bytes a span and O(lines) for each list; never per tile.
-    """
-
-    block_m: int
-    block_n: int
-    bounds: Tensor  # int32 [masks * C, Sk rounded up to block_n]: the columns added hide every row
-    rows: TileList  # for kernels that own query rows: output, dQ
-    columns: TileList  # for kernels that own key columns: dK, dV
-
     @property
     def nbytes(self) -> int:
-        tensors = (t for part in ((self.bounds,), self.rows, self.columns) for t in part if isinstance(t, Tensor))
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.numel() * t.element_size() for t in (self.spans, self.counts, self.order))
 
 
 T = TypeVar("T")
-# Plans live as long as the bounds they were made from, so all layers and the backward share one.
+# What was planned lives as long as the bounds it was made from, so all layers and the backward share it.
 _plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 

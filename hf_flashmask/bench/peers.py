@@ -128,13 +128,14 @@ class Ours(Autograd):
         if case.backend == "triton":
             module = importlib.import_module("hf_flashmask.attention.triton")
 
-            def prepare() -> Any:
-                # A mask of its own every time: a mask remembers what was computed from it.
-                fresh = ColumnMask(case.mask.bounds, causal=case.mask.causal, q_len=case.mask.q_len)
-                return module.build_plan(fresh)
+            def prepare() -> int:
+                # Bounds of its own every time: what was planned for some bounds is remembered.
+                fresh = ColumnMask(case.mask.bounds.view_as(case.mask.bounds), causal=case.mask.causal)
+                size: int = module.plan_bytes(fresh, case.q.shape[3], case.v.shape[3], case.q.dtype)
+                return size
 
             self.prepare = prepare
-            self.mask_bytes += prepare().nbytes
+            self.mask_bytes += prepare()
 
 
 class Flex(Autograd):

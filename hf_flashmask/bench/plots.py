@@ -25,18 +25,21 @@ _GAP = 0.9  # between groups of bars, in bars
 
 
 def plot(path: Path, out: Path) -> None:
-    """Draw a file of ``bench kernels`` or ``bench sparsity``, whichever it is.
+    """Draw a file of ``bench kernels``, ``bench sparsity`` or ``bench convergence``, whichever it is.
 
     Raises:
-        Refusal: the file is neither, or nothing in it was timed.
+        Refusal: the file is none of these, or nothing in it was timed.
     """
     rows = read(path)
-    if "peer" not in rows[0]:
-        raise Refusal(f"{path} comes from neither 'bench kernels' nor 'bench sparsity'")
-    timed = [row for row in rows if row["ms"]]
-    if not timed:
-        raise Refusal(f"nothing in {path} was timed; its notes say why")
-    figure = _sparsity(timed) if "tiles" in rows[0] else _kernels(timed)
+    if "loss" in rows[0]:
+        figure = _convergence(rows)
+    elif "peer" in rows[0]:
+        timed = [row for row in rows if row["ms"]]
+        if not timed:
+            raise Refusal(f"nothing in {path} was timed; its notes say why")
+        figure = _sparsity(timed) if "tiles" in rows[0] else _kernels(timed)
+    else:
+        raise Refusal(f"{path} comes from neither 'bench kernels', 'bench sparsity' nor 'bench convergence'")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out)
 
@@ -135,6 +138,64 @@ def _sparsity(rows: Sequence[Row]) -> Figure:
     figure.suptitle(
         f"Packed causal documents of rising sparsity: {row['peer']}, {shape}\n{_origin(rows)}", fontsize=11.5
     )
+    return figure
+
+
+# Curves lie on each other, so each is thinner than the one below it.
+_CURVES = {
+    "sdpa": {"color": "#e69f00", "linewidth": 7.0, "alpha": 0.45},
+    "eager": {"color": "#009e73", "linewidth": 3.4, "alpha": 0.8, "marker": "s", "markersize": 4},
+    "sdpa math": {"color": "#cc79a7", "linewidth": 2.0, "marker": "^", "markersize": 5},
+    "flashmask": {"color": _OURS, "linewidth": 1.8, "marker": "o", "markersize": 4},
+    "flashmask again": {"color": _INK, "linewidth": 1.2, "linestyle": (0, (2, 3))},
+}
+
+
+def _convergence(rows: Sequence[Row]) -> Figure:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    # The latest run counts, should there be several: rows of its setup, and the last of each method.
+    setup = ("gpu", "torch", "commit", "layers", "hidden", "heads", "intermediate", "row_len", "steps", "lr", "dtype")
+    row = rows[-1]
+    rows = [r for r in rows if all(r[name] == row[name] for name in setup)]
+    curves: dict[str, dict[int, float]] = {}
+    checksums: dict[str, str] = {}
+    for r in rows:
+        curves.setdefault(r["method"], {})[int(r["step"])] = float(r["loss"])
+        checksums[r["method"]] = r["checksum"]
+
+    figure = Figure(figsize=(8.6, 7.6), dpi=150, layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1.25, 1))
+    for name, style in _CURVES.items():
+        if name in curves:
+            top.plot(list(curves[name]), list(curves[name].values()), label=name, **style)  # type: ignore[arg-type]
+    top.set_ylabel("training loss", color=_INK)
+    top.legend(frameon=False, fontsize=10, handlelength=3.5)
+
+    base = curves.get("sdpa", {})
+    for name in ("eager", "sdpa math", "flashmask"):
+        if name in curves and base:
+            away = {step: abs(loss - base[step]) for step, loss in curves[name].items()}
+            # A logarithm has no place for 0: such steps show no point.
+            style = _CURVES[name] | {"linewidth": 1.6, "alpha": 1.0}
+            label = f"{name}, at most {max(away.values()):.1e}"
+            shown = [value if value > 0 else float("nan") for value in away.values()]
+            bottom.plot(list(away), shown, label=label, **style)  # type: ignore[arg-type]
+    bottom.set_yscale("log")
+    bottom.set_ylabel("|difference from sdpa|", color=_INK)
+    bottom.set_xlabel("step", color=_INK)
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if base and len(curves) > 1:
+        bottom.legend(frameon=False, fontsize=10, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    for ax in (top, bottom):
+        _plain(ax)
+    ours, again = ("flashmask", "flashmask again")
+    if ours in curves and again in curves:
+        same = curves[ours] == curves[again] and checksums[ours] == checksums[again]
+        top.set_title(f"flashmask twice: {'' if same else 'NOT '}bit-identical", fontsize=10.5, color=_INK)
+    shape = f"Llama, {row['layers']} layers x {row['hidden']}, {row['dtype']}, rows of {int(row['row_len']):,} tokens"
+    figure.suptitle(f"Packed training under several exact attentions: {shape}\n{_origin(rows)}", fontsize=11.5)
     return figure
 
 

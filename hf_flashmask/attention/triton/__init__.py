@@ -1,5 +1,5 @@
-"""Portable Triton kernels: forward and backward over the visited tiles of a TilePlan."""
+"""Portable Triton kernels: forward and backward over lists of visited tiles."""
 
-from .launch import backward, build_plan, forward, tile_plan
+from .launch import backward, forward, plan_bytes
 
-__all__ = ["backward", "build_plan", "forward", "tile_plan"]
+__all__ = ["backward", "forward", "plan_bytes"]

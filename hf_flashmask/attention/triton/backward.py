@@ -11,11 +11,11 @@ from .primitives import (
     LENGTHS,
     LOG2E,
     find_work,
-    is_visible,
+    hide,
     load_bounds,
     load_row,
     load_tile,
-    next_block,
+    next_tile,
     open_list,
     store_tile,
     tanh,
@@ -25,7 +25,7 @@ from .primitives import (
 
 @triton.jit
 def _dq_block(
-    q, do, lse, delta, k, v, bounds, mask, dq, b, h_kv, m, block,
+    q, do, lse, delta, k, v, bounds, mask, dq, b, h_kv, m0, m, block,
     k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, kv_len, bounds_len, diagonal, qk_scale, cap_scale, masked,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr, NUM_BOUNDS: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -41,8 +41,7 @@ def _dq_block(
     if masked:
         n = n0 + tl.arange(0, BLOCK_N)[None, :]
         b0, b1, b2, b3 = load_bounds(bounds, mask, n0, bounds_len, BLOCK_N, NUM_BOUNDS, TMA_BOUNDS)
-        visible = is_visible(m[:, None], n, b0, b1, b2, b3, diagonal, CAUSAL, NUM_BOUNDS)
-        p = tl.where(visible, p, 0.0)
+        p = hide(p, 0.0, m[:, None], n, m0, n0, b0, b1, b2, b3, diagonal, CAUSAL, NUM_BOUNDS, BLOCK_N, False)
     v_tile = load_tile(v, b, h_kv, n0, v_sb, v_sh, v_ss, kv_len, HEAD_DIM_V, BLOCK_N, BLOCK_DV, TMA)
     dp = tl.dot(do, v_tile.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     ds = p * (dp - delta[:, None])
@@ -58,7 +57,7 @@ def dq_kernel(
     q_len, kv_len, bounds_len, stats_len, lines, capacity, heads_total, heads, group, mask_stride, mask_heads,
     qk_scale, cap_scale, softmax_scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_M: tl.constexpr, SPLIT_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, NUM_BOUNDS: tl.constexpr, SOFTCAP: tl.constexpr, DLSE: tl.constexpr, TMA: tl.constexpr,
     TMA_BOUNDS: tl.constexpr, PRECISION: tl.constexpr, HEAD_GROUP: tl.constexpr, STAGES: tl.constexpr,
     MERGE: tl.constexpr, IN_REGISTERS: tl.constexpr,
@@ -67,7 +66,7 @@ def dq_kernel(
 
     These are lse in powers of two, and delta = rowsum(out * do) - dlse; ``stats_len`` is whole blocks.
     """
-    block_m, b, h, mask = find_work(order, lines, heads_total, heads, 1, mask_stride, mask_heads, SPLIT_M, HEAD_GROUP)
+    block_m, b, h, mask = find_work(order, lines, heads_total, heads, 1, mask_stride, mask_heads, HEAD_GROUP)
     h_kv = h // group
     diagonal = kv_len - q_len
     m0 = block_m * BLOCK_M
@@ -89,30 +88,28 @@ def dq_kernel(
         q_tile = to_registers(q_tile, q_len)
         do_tile = to_registers(do_tile, q_len)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    spans, partial, full, span, block, last = open_list(
-        spans, counts, mask, block_m // SPLIT_M, lines, capacity, SPLIT_N
-    )
+    spans, partial, full, span, block, end = open_list(spans, counts, mask, block_m, lines, capacity)
     for part in tl.static_range(1 if MERGE else 2):
         first = partial if part == 1 else 0
-        last_visit = partial if not MERGE and part == 0 else partial + full
-        for t in tl.range(first, last_visit, num_stages=STAGES):
-            masked = t < partial if MERGE else part == 0
+        last = partial if not MERGE and part == 0 else partial + full
+        for visit in tl.range(first, last, num_stages=STAGES):
+            masked = visit < partial if MERGE else part == 0
             acc = _dq_block(
-                q_tile, do_tile, lse_i, delta_i, k, v, bounds, mask, acc, b, h_kv, m, block,
+                q_tile, do_tile, lse_i, delta_i, k, v, bounds, mask, acc, b, h_kv, m0, m, block,
                 k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, kv_len, bounds_len, diagonal, qk_scale, cap_scale, masked,
                 HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, CAUSAL, NUM_BOUNDS, SOFTCAP,
                 TMA, TMA_BOUNDS, PRECISION,
             )  # fmt: skip
-            span, block, last = next_block(spans, span, block, last, t, partial, capacity, SPLIT_N)
+            span, block, end = next_tile(spans, span, block, end, visit, partial, capacity)
     store_tile(dq, acc * softmax_scale, b, h, m0, dq_sb, dq_sh, dq_ss, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, TMA)
 
 
 @triton.jit
 def _dkdv_block(
-    q, do, stats, stats_row, stats_len, k_tile, v_tile, b0, b1, b2, b3, dk, dv, b, h, n, block,
+    q, do, stats, stats_row, stats_len, k_tile, v_tile, b0, b1, b2, b3, dk, dv, b, h, n0, n, block,
     q_sb, q_sh, q_ss, do_sb, do_sh, do_ss, q_len, diagonal, qk_scale, cap_scale, masked,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr, NUM_BOUNDS: tl.constexpr, SOFTCAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr, NUM_BOUNDS: tl.constexpr, SOFTCAP: tl.constexpr,
     TMA: tl.constexpr, TMA_BOUNDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds one block of queries to dk [BLOCK_N, BLOCK_D] and dv [BLOCK_N, BLOCK_DV].
@@ -128,8 +125,7 @@ def _dkdv_block(
         s = tanh(s * cap_scale)
     p = tl.exp2(s * qk_scale - lse)
     if masked:
-        visible = is_visible(m, n, b0, b1, b2, b3, diagonal, CAUSAL, NUM_BOUNDS)
-        p = tl.where(visible, p, 0.0)
+        p = hide(p, 0.0, m, n, m0, n0, b0, b1, b2, b3, diagonal, CAUSAL, NUM_BOUNDS, BLOCK_N, False)
     do_tile = load_tile(do, b, h, m0, do_sb, do_sh, do_ss, q_len, HEAD_DIM_V, BLOCK_M, BLOCK_DV, TMA)
     dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
     delta = load_row(stats, stats_row + 1, m0, stats_len, BLOCK_M, TMA)
@@ -148,7 +144,7 @@ def dkdv_kernel(
     q_len, kv_len, bounds_len, stats_len, lines, capacity, heads_total, heads, group, mask_stride, mask_heads,
     qk_scale, cap_scale, softmax_scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_M: tl.constexpr, SPLIT_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, NUM_BOUNDS: tl.constexpr, SOFTCAP: tl.constexpr, TMA: tl.constexpr,
     TMA_BOUNDS: tl.constexpr, PRECISION: tl.constexpr, HEAD_GROUP: tl.constexpr, STAGES: tl.constexpr,
     MERGE: tl.constexpr,
@@ -157,9 +153,7 @@ def dkdv_kernel(
 
     ``heads`` and ``heads_total`` count key heads here; ``mask_heads`` query heads, as everywhere.
     """
-    block_n, b, h_kv, _ = find_work(
-        order, lines, heads_total, heads, group, mask_stride, mask_heads, SPLIT_N, HEAD_GROUP
-    )
+    block_n, b, h_kv, _ = find_work(order, lines, heads_total, heads, group, mask_stride, mask_heads, HEAD_GROUP)
     diagonal = kv_len - q_len
     n0 = block_n * BLOCK_N
     n = n0 + tl.arange(0, BLOCK_N)[:, None]
@@ -173,20 +167,19 @@ def dkdv_kernel(
         b0, b1, b2, b3 = load_bounds(bounds, mask, n0, bounds_len, BLOCK_N, NUM_BOUNDS, TMA_BOUNDS)
         b0, b1, b2, b3 = b0.trans(), b1.trans(), b2.trans(), b3.trans()  # [BLOCK_N, 1]
         stats_row = (b * heads * group + h) * 2
-        line, partial, full, span, block, last = open_list(
-            spans, counts, mask, block_n // SPLIT_N, lines, capacity, SPLIT_M
-        )
+        line, partial, full, span, block, end = open_list(spans, counts, mask, block_n, lines, capacity)
         for part in tl.static_range(1 if MERGE else 2):
             first = partial if part == 1 else 0
-            last_visit = partial if not MERGE and part == 0 else partial + full
-            for t in tl.range(first, last_visit, num_stages=STAGES):
-                masked = t < partial if MERGE else part == 0
+            last = partial if not MERGE and part == 0 else partial + full
+            for visit in tl.range(first, last, num_stages=STAGES):
+                masked = visit < partial if MERGE else part == 0
                 dk_acc, dv_acc = _dkdv_block(
-                    q, do, stats, stats_row, stats_len, k_tile, v_tile, b0, b1, b2, b3, dk_acc, dv_acc, b, h, n, block,
+                    q, do, stats, stats_row, stats_len, k_tile, v_tile, b0, b1, b2, b3,
+                    dk_acc, dv_acc, b, h, n0, n, block,
                     q_sb, q_sh, q_ss, do_sb, do_sh, do_ss, q_len, diagonal, qk_scale, cap_scale, masked,
-                    HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_D, BLOCK_DV, CAUSAL, NUM_BOUNDS, SOFTCAP,
+                    HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, CAUSAL, NUM_BOUNDS, SOFTCAP,
                     TMA, TMA_BOUNDS, PRECISION,
                 )  # fmt: skip
-                span, block, last = next_block(line, span, block, last, t, partial, capacity, SPLIT_M)
+                span, block, end = next_tile(line, span, block, end, visit, partial, capacity)
     store_tile(dk, dk_acc * softmax_scale, b, h_kv, n0, dk_sb, dk_sh, dk_ss, kv_len, HEAD_DIM, BLOCK_N, BLOCK_D, TMA)
     store_tile(dv, dv_acc, b, h_kv, n0, dv_sb, dv_sh, dv_ss, kv_len, HEAD_DIM_V, BLOCK_N, BLOCK_DV, TMA)

@@ -10,9 +10,6 @@ from typing import NamedTuple
 
 import triton
 
-# The tile of the plan, which all kernels share: their blocks divide it.
-PLAN_BLOCK = 128
-
 
 class Config(NamedTuple):
     """A block of ``block_m`` query rows by ``block_n`` keys a step.
@@ -47,8 +44,8 @@ _HOPPER = {
     ("forward", 128): [Config(128, 64, 4, 2, 2, merge=True), Config(64, 64, 4, 2)],
     ("dq", 64): [Config(64, 64, 4, 2), Config(64, 32, 4, 2)],
     ("dq", 128): [Config(64, 64, 4, 3, 2, in_registers=True), Config(64, 32, 4, 2)],
-    ("dkdv", 64): [Config(128, 64, 4, 2), Config(64, 64, 4, 2)],
-    ("dkdv", 128): [Config(64, 64, 4, 2, 1, merge=True), Config(32, 64, 4, 2)],
+    ("dkdv", 64): [Config(64, 64, 4, 3), Config(64, 64, 4, 2)],
+    ("dkdv", 128): [Config(64, 64, 4, 2, 1), Config(32, 64, 4, 2)],
 }
 # By padded head dim, from the largest blocks to the smallest; what fits first is taken.
 _PORTABLE = {

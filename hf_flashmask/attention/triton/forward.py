@@ -9,10 +9,10 @@ from .primitives import (
     LOG2E,
     LOWEST,
     find_work,
-    is_visible,
+    hide,
     load_bounds,
     load_tile,
-    next_block,
+    next_tile,
     open_list,
     store_tile,
     tanh,
@@ -22,11 +22,11 @@ from .primitives import (
 
 @triton.jit
 def _attend(
-    q, k, v, bounds, mask, m_i, l_i, acc, b, h_kv, m, block,
+    q, k, v, bounds, mask, m_i, l_i, acc, b, h_kv, m0, m, block,
     k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, kv_len, bounds_len, diagonal, qk_scale, cap_scale, masked,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr, NUM_BOUNDS: tl.constexpr, SOFTCAP: tl.constexpr,
-    TMA: tl.constexpr, TMA_BOUNDS: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, TMA_BOUNDS: tl.constexpr, PRECISION: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
     """One block of keys: the online softmax's new (m_i, l_i, acc)."""
     n0 = block * BLOCK_N
@@ -37,8 +37,9 @@ def _attend(
     if masked:
         n = n0 + tl.arange(0, BLOCK_N)[None, :]
         b0, b1, b2, b3 = load_bounds(bounds, mask, n0, bounds_len, BLOCK_N, NUM_BOUNDS, TMA_BOUNDS)
-        visible = is_visible(m[:, None], n, b0, b1, b2, b3, diagonal, CAUSAL, NUM_BOUNDS)
-        s = tl.where(visible, s, float("-inf"))
+        s = hide(
+            s, float("-inf"), m[:, None], n, m0, n0, b0, b1, b2, b3, diagonal, CAUSAL, NUM_BOUNDS, BLOCK_N, not MERGE
+        )
     m_new = tl.maximum(m_i, tl.max(s, 1))
     p = tl.exp2(s * qk_scale - (m_new * qk_scale)[:, None])
     alpha = tl.exp2((m_i - m_new) * qk_scale)
@@ -55,7 +56,7 @@ def forward_kernel(
     q_sb, q_sh, q_ss, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, o_sb, o_sh, o_ss,
     q_len, kv_len, bounds_len, lines, capacity, heads_total, heads, group, mask_stride, mask_heads, qk_scale, cap_scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_M: tl.constexpr, SPLIT_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, NUM_BOUNDS: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, TMA: tl.constexpr,
     TMA_BOUNDS: tl.constexpr, PRECISION: tl.constexpr, HEAD_GROUP: tl.constexpr, STAGES: tl.constexpr,
     MERGE: tl.constexpr, IN_REGISTERS: tl.constexpr,
@@ -66,7 +67,7 @@ def forward_kernel(
     two; with SOFTCAP they are first ``tanh(scores * cap_scale)``. ``heads_total`` is B times ``heads``, ``group`` the
     query heads of a key head; the mask of (b, h) is ``b * mask_stride + h // mask_heads``.
     """
-    block_m, b, h, mask = find_work(order, lines, heads_total, heads, 1, mask_stride, mask_heads, SPLIT_M, HEAD_GROUP)
+    block_m, b, h, mask = find_work(order, lines, heads_total, heads, 1, mask_stride, mask_heads, HEAD_GROUP)
     h_kv = h // group
     diagonal = kv_len - q_len
     m0 = block_m * BLOCK_M
@@ -77,21 +78,19 @@ def forward_kernel(
     m_i = tl.full([BLOCK_M], LOWEST, tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    spans, partial, full, span, block, last = open_list(
-        spans, counts, mask, block_m // SPLIT_M, lines, capacity, SPLIT_N
-    )
+    spans, partial, full, span, block, end = open_list(spans, counts, mask, block_m, lines, capacity)
     for part in tl.static_range(1 if MERGE else 2):
         first = partial if part == 1 else 0
-        last_visit = partial if not MERGE and part == 0 else partial + full
-        for t in tl.range(first, last_visit, num_stages=STAGES):
-            masked = t < partial if MERGE else part == 0
+        last = partial if not MERGE and part == 0 else partial + full
+        for visit in tl.range(first, last, num_stages=STAGES):
+            masked = visit < partial if MERGE else part == 0
             m_i, l_i, acc = _attend(
-                q_tile, k, v, bounds, mask, m_i, l_i, acc, b, h_kv, m, block,
+                q_tile, k, v, bounds, mask, m_i, l_i, acc, b, h_kv, m0, m, block,
                 k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, kv_len, bounds_len, diagonal, qk_scale, cap_scale, masked,
                 HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, CAUSAL, NUM_BOUNDS, SOFTCAP,
-                TMA, TMA_BOUNDS, PRECISION,
+                TMA, TMA_BOUNDS, PRECISION, MERGE,
             )  # fmt: skip
-            span, block, last = next_block(spans, span, block, last, t, partial, capacity, SPLIT_N)
+            span, block, end = next_tile(spans, span, block, end, visit, partial, capacity)
     top = m_i * qk_scale
     if SINKS:
         sink = tl.load(sinks + h).to(tl.float32) * LOG2E

@@ -10,26 +10,47 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hf_flashmask.attention.plan import TileList, TilePlan, cached
+from hf_flashmask.attention.plan import TileList, cached
 from hf_flashmask.masks import ColumnMask
 
 from . import configs, plan
 from .backward import dkdv_kernel, dq_kernel
-from .configs import PLAN_BLOCK, Config, padded
+from .configs import Config, padded
 from .forward import forward_kernel
 
 _LOG2E = 1.4426950408889634
+# Bounds and row statistics are padded to whole blocks of any configuration.
+BOUNDS_BLOCK = 128
 
 
-def build_plan(mask: ColumnMask) -> TilePlan:
-    """A new plan for a mask, as ``tile_plan`` makes once."""
-    with torch.cuda.device_of(mask.bounds):
-        return plan.build(mask, PLAN_BLOCK, PLAN_BLOCK)
+def tile_list(mask: ColumnMask, config: Config, kernel: str) -> TileList:
+    """The list that a kernel walks, made once a mask: all layers and recomputations share it."""
+    shape = (config.block_m, config.block_n)
+    by_columns = kernel == "dkdv"
+
+    def build() -> TileList:
+        with torch.cuda.device_of(mask.bounds):
+            return plan.build(mask, *shape, by_columns=by_columns)
+
+    return cached(mask, ("tiles", *shape, by_columns), build)
 
 
-def tile_plan(mask: ColumnMask) -> TilePlan:
-    """The mask's plan, made once: all layers, the forward and the backward share it."""
-    return cached(mask, ("tiles", PLAN_BLOCK), lambda: build_plan(mask))
+def padded_bounds(mask: ColumnMask) -> Tensor:
+    """int32 ``[masks * C, whole blocks]``: the mask's own bounds where they will do, else a copy made once a mask."""
+    bounds = mask.bounds
+    if bounds.is_contiguous() and mask.kv_len % BOUNDS_BLOCK == 0 and bounds.data_ptr() % 16 == 0:
+        return bounds.flatten(0, 2)
+    return cached(mask, ("bounds", BOUNDS_BLOCK), lambda: plan.pad_bounds(mask, BOUNDS_BLOCK))
+
+
+def plan_bytes(mask: ColumnMask, head_dim: int, head_dim_v: int, dtype: torch.dtype) -> int:
+    """Makes all that a training step needs to know of a mask, anew if the mask is new; its bytes beside the bounds."""
+    bounds = padded_bounds(mask)
+    size = 0 if bounds.data_ptr() == mask.bounds.data_ptr() else bounds.nbytes
+    for kernel in ("forward", "dq", "dkdv"):
+        config = configs.candidates(kernel, *_device(mask.device), head_dim, head_dim_v, dtype.itemsize)[0]
+        size += tile_list(mask, config, kernel).nbytes
+    return size
 
 
 def forward(
@@ -66,7 +87,7 @@ def backward(
     q, softmax_scale = _positive_scale(q, softmax_scale)
     do = do if do.stride(-1) == 1 else do.contiguous()
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    stats_len = triton.cdiv(q.shape[1], PLAN_BLOCK) * PLAN_BLOCK
+    stats_len = triton.cdiv(q.shape[1], BOUNDS_BLOCK) * BOUNDS_BLOCK
     stats = lse.new_empty(*lse.shape[:2], 2, stats_len)
     case = _Case(q, k, v, mask, softmax_scale, softcap)
     case.launch(
@@ -96,7 +117,8 @@ class _Case:
         self.batch, self.q_len, self.heads_q, self.head_dim = q.shape
         self.kv_len, self.heads_kv, self.head_dim_v = k.shape[1], k.shape[2], v.shape[3]
         self.device, self.dtype = q.device, q.dtype
-        self.mask, self.plan = mask, tile_plan(mask)
+        self.mask = mask
+        self.bounds = padded_bounds(mask)
         self.softmax_scale = softmax_scale
         # Scores become powers of two, since exp2 is what the hardware has.
         self.qk_scale = (softcap or softmax_scale) * _LOG2E
@@ -117,7 +139,7 @@ class _Case:
         choices = configs.candidates(name, capability, room, self.head_dim, self.head_dim_v, self.dtype.itemsize)
         for i, config in enumerate(choices):
             try:
-                self._launch(kernel, name == "dkdv", config, tma, tiles, vectors, flags)
+                self._launch(kernel, name, config, tma, tiles, vectors, flags)
                 return
             except OutOfResources as error:
                 if i + 1 == len(choices):
@@ -130,45 +152,44 @@ class _Case:
     def _launch(
         self,
         kernel: Any,
-        by_columns: bool,
+        name: str,
         config: Config,
         tma: bool,
         tiles: dict[str, Tensor],
         vectors: dict[str, Tensor],
         flags: dict[str, bool],
     ) -> None:
-        lists: TileList = self.plan.columns if by_columns else self.plan.rows
-        split_m, split_n = PLAN_BLOCK // config.block_m, PLAN_BLOCK // config.block_n
+        by_columns = name == "dkdv"
+        lists = tile_list(self.mask, config, name)
         heads = self.heads_kv if by_columns else self.heads_q
         masks_b, masks_h = self.mask.shape[:2]
         arguments: dict[str, Any] = {}
-        for name, t in tiles.items():
-            rows = config.block_m if name in _QUERY_SIDE else config.block_n
-            arguments[name] = _descriptor(t, rows) if tma else t
+        for tile, t in tiles.items():
+            rows = config.block_m if tile in _QUERY_SIDE else config.block_n
+            arguments[tile] = _descriptor(t, rows) if tma else t
             strides = [0, 0, 0] if tma else [t.stride(d) if t.shape[d] > 1 else 0 for d in (0, 2, 1)]
-            short = _SHORT.get(name, name)
+            short = _SHORT.get(tile, tile)
             arguments.update(zip((f"{short}_sb", f"{short}_sh", f"{short}_ss"), strides, strict=True))
-        if by_columns or "dq" in tiles:
+        if name != "forward":
             arguments.update(softmax_scale=self.softmax_scale, stats_len=vectors["stats"].shape[3])
-        bounds, bounds_len = self.plan.bounds, self.plan.bounds.shape[1]
+        bounds: Any = self.bounds
         tma_bounds = tma and not config.merge
         if tma_bounds:
             bounds = _row_descriptor(bounds, config.block_n)
         if tma and by_columns:
             vectors = {**vectors, "stats": _row_descriptor(vectors["stats"].flatten(0, 2), config.block_m)}
         registers = {} if by_columns else {"IN_REGISTERS": config.in_registers}
-        blocks = lists.lines * (split_n if by_columns else split_m)
-        with torch.cuda.device_of(self.plan.bounds):  # Triton launches on the current device
-            kernel[(self.batch * heads * blocks,)](
-                **arguments, **vectors, bounds=bounds, bounds_len=bounds_len, spans=lists.spans, counts=lists.counts,
-                order=lists.order,
+        with torch.cuda.device_of(self.bounds):  # Triton launches on the current device
+            kernel[(self.batch * heads * lists.lines,)](
+                **arguments, **vectors, bounds=bounds, bounds_len=self.bounds.shape[1],
+                spans=lists.spans, counts=lists.counts, order=lists.order,
                 q_len=self.q_len, kv_len=self.kv_len, lines=lists.lines, capacity=lists.capacity,
                 heads_total=self.batch * heads, heads=heads, group=self.heads_q // self.heads_kv,
                 mask_stride=masks_h if masks_b > 1 else 0, mask_heads=self.heads_q // masks_h,
                 qk_scale=self.qk_scale, cap_scale=self.cap_scale,
                 HEAD_DIM=self.head_dim, HEAD_DIM_V=self.head_dim_v,
                 BLOCK_D=padded(self.head_dim), BLOCK_DV=padded(self.head_dim_v),
-                BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT_M=split_m, SPLIT_N=split_n,
+                BLOCK_M=config.block_m, BLOCK_N=config.block_n,
                 CAUSAL=self.mask.causal, NUM_BOUNDS=self.mask.bounds.shape[2], SOFTCAP=self.softcap,
                 TMA=tma, TMA_BOUNDS=tma_bounds, PRECISION=_precision(self.dtype), HEAD_GROUP=config.head_group,
                 STAGES=config.num_stages, MERGE=config.merge, **registers, **flags,

@@ -1,4 +1,4 @@
-"""Makes a TilePlan on the device: three small kernels, no host sync, exact for any column mask.
+"""Makes tile lists on the device: two or three small kernels, no host sync, exact for any column mask.
 
 A column hides at most two row intervals, so along the row tiles its state changes at most eight times. For a block of
 columns these changes are counted into bins and summed up, which gives the state of every tile of the block in
@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_flashmask.attention.plan import MAX_SPANS, TileList, TilePlan
+from hf_flashmask.attention.plan import MAX_SPANS, TileList
 from hf_flashmask.masks import ColumnMask
 
 from .primitives import LENGTHS
 
 # Tiles looked at in one step; the first and last 16 of them only lend their state to their neighbours.
-_CHUNK = 512
+_CHUNK = 256
 _MAX_TILES = 2**15 - 1  # span ends are int16
 _COMPARED = 128
 # An end that no row reaches.
@@ -26,7 +26,7 @@ _FAR = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def _load_padded(bounds, n, kv_len, NUM_BOUNDS: tl.constexpr):
+def _load_bounds(bounds, n, kv_len, NUM_BOUNDS: tl.constexpr):
     """The bound vectors of columns n; those beyond NUM_BOUNDS repeat the first. Columns that do not exist hide all."""
     inside = n < kv_len
     b0 = tl.load(bounds + n, mask=inside, other=0)
@@ -136,70 +136,97 @@ def _finish(spans, counts, begun, partial, full, first, last, capacity):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _columns_kernel(
-    bounds, padded, words, spans, counts, q_len, kv_len, row_tiles, column_tiles, words_len, capacity,
+    bounds, words, spans, counts, q_len, kv_len, row_tiles, column_tiles, words_len, capacity,
     CAUSAL: tl.constexpr, NUM_BOUNDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+    LIST: tl.constexpr,
 ):  # fmt: skip
-    """The list of one block of columns, its padded bounds, and the states of its tiles, 2 bits each, in ``words``
-    [words_len, column_tiles].
+    """One block of columns: its list, or else its tiles' states, 2 bits each, in ``words`` [words_len, column_tiles].
+
+    Only chunks of tiles where a column changes are looked at tile by tile.
     """
     mask = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    b0, b1, b2, b3 = _load_padded(bounds + mask * NUM_BOUNDS * kv_len, n, kv_len, NUM_BOUNDS)
-    stride = column_tiles * BLOCK_N
-    padded += mask * NUM_BOUNDS * stride
-    tl.store(padded + n, b0)
-    if NUM_BOUNDS >= 2:
-        tl.store(padded + stride + n, b1)
-    if NUM_BOUNDS == 4:
-        tl.store(padded + 2 * stride + n, b2)
-        tl.store(padded + 3 * stride + n, b3)
+    b0, b1, b2, b3 = _load_bounds(bounds + mask * NUM_BOUNDS * kv_len, n, kv_len, NUM_BOUNDS)
     s0, e0, s1, e1 = _hidden_rows(b0, b1, b2, b3, n, q_len, kv_len, CAUSAL, NUM_BOUNDS)
-    inside_first_0, inside_last_0 = _tiles_inside(s0, e0, q_len, row_tiles, BLOCK_M)
-    inside_first_1, inside_last_1 = _tiles_inside(s1, e1, q_len, row_tiles, BLOCK_M)
-    touched_first_0, touched_last_0 = _tiles_touched(s0, e0, q_len, row_tiles, BLOCK_M)
-    touched_first_1, touched_last_1 = _tiles_touched(s1, e1, q_len, row_tiles, BLOCK_M)
+    hides_0, hidden_0 = _tiles_inside(s0, e0, q_len, row_tiles, BLOCK_M)
+    hides_1, hidden_1 = _tiles_inside(s1, e1, q_len, row_tiles, BLOCK_M)
+    touches_0, touched_0 = _tiles_touched(s0, e0, q_len, row_tiles, BLOCK_M)
+    touches_1, touched_1 = _tiles_touched(s1, e1, q_len, row_tiles, BLOCK_M)
     # Both intervals may touch one tile, which counts once.
-    touched_first_1 = tl.maximum(touched_first_1, touched_last_0)
-    touched_last_1 = tl.maximum(touched_first_1, touched_last_1)
+    touches_1 = tl.maximum(touches_1, touched_0)
+    touched_1 = tl.maximum(touches_1, touched_1)
 
     line = mask * column_tiles + column
     spans += line * capacity * 4
+    words += mask * words_len * column_tiles + column
     begun = 0
     ended = 0
     partial = 0
     full = 0
     first = row_tiles
     last = 0
-    words += mask * words_len * column_tiles + column
     bins = tl.arange(0, CHUNK)
-    for origin in range(-16, row_tiles - 15, CHUNK - 32):
-        hidden = _changes(inside_first_0, inside_last_0, origin, CHUNK)
-        hidden += _changes(inside_first_1, inside_last_1, origin, CHUNK)
-        touched = _changes(touched_first_0, touched_last_0, origin, CHUNK)
-        touched += _changes(touched_first_1, touched_last_1, origin, CHUNK)
-        tile = origin + bins
-        # How many columns of the block hide all of a tile, and any of it, summed up together.
-        changes = hidden + touched * 65536
-        totals = tl.cumsum(changes, 0)
-        state = _state(totals, tile, row_tiles, BLOCK_N)
-        before = _state(totals - changes, tile - 1, row_tiles, BLOCK_N)
-        counted = (bins >= 16) & (bins < CHUNK - 16) & (tile <= row_tiles)
-        begun, ended = _record(spans, state, before, tile, counted, begun, ended, capacity)
-        partial += tl.sum(((state == 1) & counted).to(tl.int32), 0)
-        full += tl.sum(((state == 2) & counted).to(tl.int32), 0)
-        visited = (state > 0) & counted
-        first = tl.minimum(first, tl.min(tl.where(visited, tile, row_tiles), 0))
-        last = tl.maximum(last, tl.max(tl.where(visited, tile + 1, 0), 0))
-        packed = tl.sum(tl.reshape(state << (bins % 16) * 2, (CHUNK // 16, 16)), 1)
-        word = tl.arange(0, CHUNK // 16)
-        at = origin // 16 + word
-        tl.store(
-            words + at.to(tl.int64) * column_tiles,
-            packed,
-            mask=(word >= 1) & (word < CHUNK // 16 - 1) & (at < words_len),
-        )
-    _finish(spans, counts + line * 2, begun, partial, full, first, last, capacity)
+    word = tl.arange(0, CHUNK // 16)
+    STEP: tl.constexpr = CHUNK - 32
+    for origin in range(-16, row_tiles - 15, STEP):
+        begin = origin + 16
+        changes = _within(hides_0, begin, STEP) | _within(hidden_0, begin, STEP)
+        changes |= _within(hides_1, begin, STEP) | _within(hidden_1, begin, STEP)
+        changes |= _within(touches_0, begin, STEP) | _within(touched_0, begin, STEP)
+        changes |= _within(touches_1, begin, STEP) | _within(touched_1, begin, STEP)
+        # Lists also begin and end at the edges of the mask.
+        if (begin == 0) | (begin + STEP > row_tiles) | (tl.max(changes.to(tl.int32), 0) != 0):
+            hidden = _changes(hides_0, hidden_0, origin, CHUNK) + _changes(hides_1, hidden_1, origin, CHUNK)
+            touched = _changes(touches_0, touched_0, origin, CHUNK) + _changes(touches_1, touched_1, origin, CHUNK)
+            tile = origin + bins
+            # How many columns of the block hide all of a tile, and any of it, summed up together.
+            steps = hidden + touched * 65536
+            totals = tl.cumsum(steps, 0)
+            state = _state(totals, tile, row_tiles, BLOCK_N)
+            if LIST:
+                before = _state(totals - steps, tile - 1, row_tiles, BLOCK_N)
+                counted = (bins >= 16) & (bins < CHUNK - 16) & (tile <= row_tiles)
+                begun, ended = _record(spans, state, before, tile, counted, begun, ended, capacity)
+                partial += tl.sum(((state == 1) & counted).to(tl.int32), 0)
+                full += tl.sum(((state == 2) & counted).to(tl.int32), 0)
+                visited = (state > 0) & counted
+                first = tl.minimum(first, tl.min(tl.where(visited, tile, row_tiles), 0))
+                last = tl.maximum(last, tl.max(tl.where(visited, tile + 1, 0), 0))
+            else:
+                packed = tl.sum(tl.reshape(state << (bins % 16) * 2, (CHUNK // 16, 16)), 1)
+                _store_words(words, packed, origin, word, words_len, column_tiles, CHUNK)
+        else:
+            hidden_here = _covers(hides_0, hidden_0, begin) + _covers(hides_1, hidden_1, begin)
+            touched_here = _covers(touches_0, touched_0, begin) + _covers(touches_1, touched_1, begin)
+            constant = _state(tl.sum(hidden_here + touched_here * 65536, 0), begin, row_tiles, BLOCK_N)
+            if LIST:
+                partial += tl.where(constant == 1, STEP, 0)
+                full += tl.where(constant == 2, STEP, 0)
+                first = tl.where(constant > 0, tl.minimum(first, begin), first)
+                last = tl.where(constant > 0, begin + STEP, last)
+            else:
+                packed = tl.zeros([CHUNK // 16], tl.int32) + constant * 0x55555555
+                _store_words(words, packed, origin, word, words_len, column_tiles, CHUNK)
+    if LIST:
+        _finish(spans, counts + line * 2, begun, partial, full, first, last, capacity)
+
+
+@triton.jit
+def _within(tile, begin, STEP: tl.constexpr):
+    return (tile >= begin) & (tile < begin + STEP)
+
+
+@triton.jit
+def _covers(first, last, tile):
+    return ((first <= tile) & (tile < last)).to(tl.int32)
+
+
+@triton.jit
+def _store_words(words, packed, origin, word, words_len, column_tiles, CHUNK: tl.constexpr):
+    at = origin // 16 + word
+    stored = (word >= 1) & (word < CHUNK // 16 - 1) & (at < words_len)
+    tl.store(words + at.to(tl.int64) * column_tiles, packed, mask=stored)
 
 
 @triton.jit
@@ -228,7 +255,8 @@ def _rows_kernel(words, spans, counts, row_tiles, column_tiles, words_len, capac
         shift = row % 16 * 2
         state = (tl.load(words + tile, mask=tile < column_tiles, other=0) >> shift) & 3
         before = (tl.load(words + tile - 1, mask=(tile > 0) & (tile <= column_tiles), other=0) >> shift) & 3
-        begun, ended = _record(spans, state, before, tile, tile <= column_tiles, begun, ended, capacity)
+        if tl.max((state != before).to(tl.int32), 0) != 0:
+            begun, ended = _record(spans, state, before, tile, tile <= column_tiles, begun, ended, capacity)
         partial += tl.sum((state == 1).to(tl.int32), 0)
         full += tl.sum((state == 2).to(tl.int32), 0)
         first = tl.minimum(first, tl.min(tl.where(state > 0, tile, column_tiles), 0))
@@ -259,8 +287,10 @@ def _weight(counts, line, lines):
     return partial * 9 + tl.load(counts + line * 2 + 1, mask=line < lines, other=0) * 8
 
 
-def build(mask: ColumnMask, block_m: int, block_n: int) -> TilePlan:
-    """The plan of a mask on a CUDA device (or any, in Triton's interpreter), in O(Sk + tiles / 16) scratch memory.
+def build(mask: ColumnMask, block_m: int, block_n: int, *, by_columns: bool) -> TileList:
+    """The list of every row of tiles, or of every column, in O(Sk) memory plus 2 bits a tile while it is made.
+
+    The mask is on a GPU, or anywhere in Triton's interpreter.
 
     Raises:
         NotImplementedError: more than 32767 tiles along a side.
@@ -272,30 +302,29 @@ def build(mask: ColumnMask, block_m: int, block_n: int) -> TilePlan:
         raise NotImplementedError(
             f"the mask has {row_tiles} x {column_tiles} tiles of {block_m} x {block_n}; at most {_MAX_TILES} a side"
         )
-    words_len = triton.cdiv(row_tiles, 16)
-    padded = torch.empty(masks * bounds.shape[2], column_tiles * block_n, dtype=torch.int32, device=mask.device)
-    words = torch.empty(masks, words_len, column_tiles, dtype=torch.int32, device=mask.device)
-    row_list, column_list = (_empty(bounds, *sides) for sides in ((row_tiles, column_tiles), (column_tiles, row_tiles)))
-    _columns_kernel[masks, column_tiles](
-        bounds, padded, words, column_list.spans, column_list.counts,
-        mask.q_len, kv_len, row_tiles, column_tiles, words_len, column_list.capacity,
-        CAUSAL=mask.causal, NUM_BOUNDS=bounds.shape[2], BLOCK_M=block_m, BLOCK_N=block_n, CHUNK=_CHUNK,
-    )  # fmt: skip
-    _rows_kernel[masks, row_tiles](
-        words, row_list.spans, row_list.counts, row_tiles, column_tiles, words_len, row_list.capacity, CHUNK=_CHUNK
-    )
-    for tiles in (row_list, column_list):
-        _order_kernel[masks, triton.cdiv(tiles.lines, _COMPARED)](
-            tiles.counts, tiles.order, tiles.lines, COMPARED=_COMPARED
-        )
-    return TilePlan(block_m, block_n, padded, row_list, column_list)
-
-
-def _empty(bounds: Tensor, lines: int, tiles: int) -> TileList:
-    masks = bounds.shape[0] * bounds.shape[1]
+    lines, tiles = (column_tiles, row_tiles) if by_columns else (row_tiles, column_tiles)
     capacity = min((tiles + 1) // 2, MAX_SPANS)
     # One more span, since walking a list reads one beyond its end.
-    spans = torch.empty(masks * lines * 2 * capacity + 1, 2, dtype=torch.int16, device=bounds.device)
-    counts = torch.empty(masks, lines, 2, dtype=torch.int32, device=bounds.device)
-    order = torch.empty(masks, lines, dtype=torch.int32, device=bounds.device)
+    spans = torch.empty(masks * lines * 2 * capacity + 1, 2, dtype=torch.int16, device=mask.device)
+    counts = torch.empty(masks, lines, 2, dtype=torch.int32, device=mask.device)
+    order = torch.empty(masks, lines, dtype=torch.int32, device=mask.device)
+    words_len = triton.cdiv(row_tiles, 16)
+    words = counts if by_columns else torch.empty(masks, words_len, column_tiles, dtype=torch.int32, device=mask.device)
+    _columns_kernel[masks, column_tiles](
+        bounds, words, spans, counts, mask.q_len, kv_len, row_tiles, column_tiles, words_len, capacity,
+        CAUSAL=mask.causal, NUM_BOUNDS=bounds.shape[2], BLOCK_M=block_m, BLOCK_N=block_n, CHUNK=_CHUNK, LIST=by_columns,
+    )  # fmt: skip
+    if not by_columns:
+        _rows_kernel[masks, row_tiles](words, spans, counts, row_tiles, column_tiles, words_len, capacity, CHUNK=_CHUNK)
+    _order_kernel[masks, triton.cdiv(lines, _COMPARED)](counts, order, lines, COMPARED=_COMPARED)
     return TileList(spans, counts, order, capacity)
+
+
+def pad_bounds(mask: ColumnMask, block_n: int) -> Tensor:
+    """A copy of the bounds, int32 ``[masks * C, Sk rounded up to block_n]``; the columns added hide every row."""
+    masks, heads, vectors, kv_len = mask.bounds.shape
+    padded = mask.bounds.new_zeros(masks, heads, vectors, triton.cdiv(kv_len, block_n) * block_n)
+    padded[..., :kv_len] = mask.bounds
+    if vectors > 1:
+        padded[:, :, 1, kv_len:] = 2**31 - 1  # [0, LTE), or [0, UTE); the second of two intervals stays empty
+    return padded.flatten(0, 2)

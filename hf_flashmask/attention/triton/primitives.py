@@ -79,8 +79,13 @@ def load_bounds(bounds, mask, n0, stride, BLOCK_N: tl.constexpr, NUM_BOUNDS: tl.
 
 
 @triton.jit
-def is_visible(m, n, b0, b1, b2, b3, diagonal, CAUSAL: tl.constexpr, NUM_BOUNDS: tl.constexpr):
-    """Which (m, n) the bounds show, in the broadcast shape of m and n; diagonal = kv_len - q_len."""
+def hide(x, hidden, m, n, m0, n0, b0, b1, b2, b3, diagonal, CAUSAL: tl.constexpr, NUM_BOUNDS: tl.constexpr,
+         BLOCK_N: tl.constexpr, BRANCH: tl.constexpr):  # fmt: skip
+    """x with ``hidden`` in place of what the mask hides. m and n, from m0 and n0, broadcast to its shape.
+
+    ``diagonal`` is kv_len - q_len. BRANCH: compare with it only in tiles that it crosses, which most partial tiles are
+    not; worth it where registers are to spare.
+    """
     if NUM_BOUNDS == 1:
         visible = m < b0
     elif NUM_BOUNDS == 2 and CAUSAL:
@@ -89,59 +94,57 @@ def is_visible(m, n, b0, b1, b2, b3, diagonal, CAUSAL: tl.constexpr, NUM_BOUNDS:
         visible = (m < b0) & (m >= b1)
     else:
         visible = ((m < b0) | (m >= b1)) & ((m < b2) | (m >= b3))
-    if CAUSAL:
+    if CAUSAL and not BRANCH:
         visible = visible & (m >= n - diagonal)
-    return visible
+    x = tl.where(visible, x, hidden)
+    if CAUSAL and BRANCH:  # noqa: SIM102  (the outer one is settled when compiling)
+        if n0 + BLOCK_N - 1 - diagonal > m0:
+            x = tl.where(m >= n - diagonal, x, hidden)
+    return x
 
 
 @triton.jit
-def find_work(order, lines, heads_total, heads, group, mask_stride, mask_heads, SPLIT: tl.constexpr,
-              HEAD_GROUP: tl.constexpr):  # fmt: skip
-    """(block, b, h, mask) of this program; SPLIT blocks make up a line of tiles.
+def find_work(order, lines, heads_total, heads, group, mask_stride, mask_heads, HEAD_GROUP: tl.constexpr):
+    """(line, b, h, mask) of this program: a block of rows or columns of a head.
 
-    ``heads`` are those that programs are for, each standing for ``group`` query heads.
-    HEAD_GROUP heads at a time, so that what they read stays in L2; within a group the heaviest lines of all its heads
-    go first, so that the last programs are short.
+    ``heads`` are those that programs are for, each standing for ``group`` query heads. HEAD_GROUP heads at a time, so
+    that what they read stays in L2; within a group the heaviest lines of all its heads go first, so that the last
+    programs are short.
     """
-    blocks = lines * SPLIT
     pid = tl.program_id(0)
-    first = pid // (HEAD_GROUP * blocks) * HEAD_GROUP
+    first = pid // (HEAD_GROUP * lines) * HEAD_GROUP
     size = tl.minimum(HEAD_GROUP, heads_total - first)
-    rank = (pid - first * blocks) // size
-    bh = first + (pid - first * blocks) % size
+    rank = (pid - first * lines) // size
+    bh = first + (pid - first * lines) % size
     b = bh // heads
     h = bh % heads
     mask = (b * mask_stride + h * group // mask_heads).to(tl.int64)
-    block = tl.load(order + mask * lines + rank // SPLIT) * SPLIT + rank % SPLIT
-    return block, b, h, mask
+    return tl.load(order + mask * lines + rank), b, h, mask
 
 
 @triton.jit
-def open_list(spans, counts, mask, line, lines, capacity, SPLIT: tl.constexpr):
-    """Where a line's walk begins: its spans, (partial, full) blocks to visit, and (span, block, last) of the first.
-
-    SPLIT blocks make up a tile.
-    """
+def open_list(spans, counts, mask, line, lines, capacity):
+    """Where a line's walk begins: its spans, (partial, full) tiles to visit, and (span, tile, end) of the first."""
     at = mask * lines + line
-    partial = tl.load(counts + at * 2) * SPLIT
-    full = tl.load(counts + at * 2 + 1) * SPLIT
+    partial = tl.load(counts + at * 2)
+    full = tl.load(counts + at * 2 + 1)
     spans += at * capacity * 4
     span = tl.where(partial == 0, capacity, 0)
-    block = tl.load(spans + span * 2).to(tl.int32) * SPLIT
-    last = tl.load(spans + span * 2 + 1).to(tl.int32) * SPLIT
-    return spans, partial, full, span, block, last
+    tile = tl.load(spans + span * 2).to(tl.int32)
+    end = tl.load(spans + span * 2 + 1).to(tl.int32)
+    return spans, partial, full, span, tile, end
 
 
 @triton.jit
-def next_block(spans, span, block, last, t, partial, capacity, SPLIT: tl.constexpr):
-    """(span, block, last) of visit t + 1; after the last visit, what follows the list, which nobody uses."""
-    block += 1
-    moves = block == last
+def next_tile(spans, span, tile, end, visit, partial, capacity):
+    """(span, tile, end) of the visit after ``visit``; after the last one, what follows the list, which nobody uses."""
+    tile += 1
+    moves = tile == end
     span += moves.to(tl.int32)
-    span = tl.where(t + 1 == partial, capacity, span)
-    block = tl.where(moves, tl.load(spans + span * 2).to(tl.int32) * SPLIT, block)
-    last = tl.load(spans + span * 2 + 1).to(tl.int32) * SPLIT
-    return span, block, last
+    span = tl.where(visit + 1 == partial, capacity, span)
+    tile = tl.where(moves, tl.load(spans + span * 2).to(tl.int32), tile)
+    end = tl.load(spans + span * 2 + 1).to(tl.int32)
+    return span, tile, end
 
 
 @triton.jit

@@ -1,0 +1,165 @@
+"""The kernels compile for every supported GPU, ahead of time and with no GPU here: they fit, and spill little.
+
+The launching code runs with kernels that record what they are given instead of running, so what is compiled is what
+is launched.
+"""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_flashmask import ColumnMask
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the triton package")
+
+KIB = 1024
+# Shared memory that a block can have, by compute capability.
+ROOM = {(8, 0): 163 * KIB, (8, 6): 99 * KIB, (8, 9): 99 * KIB, (9, 0): 227 * KIB, (10, 0): 227 * KIB, (12, 0): 99 * KIB}
+# Registers and memory are most at four bounds; one causal bound is what most training has.
+MASKS = {"4 bounds": (False, 4), "causal": (True, 1)}
+# Bytes of stack a thread, which is where registers spill to: what Triton 3.6 to 3.9 need, and half as much again.
+STACK = {(torch.bfloat16, 64): 64, (torch.bfloat16, 128): 128, (torch.bfloat16, 256): 1024, (torch.float32, 64): 1024}
+
+
+class Recorder:
+    """Stands in for a kernel: remembers it and the arguments of its launch."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            names = [name for name in self.kernel.arg_names if name not in kwargs]
+            self.launches.append((self.kernel, {**dict(zip(names, args, strict=False)), **kwargs}))
+
+        return launch
+
+
+def launches(monkeypatch, capability, dtype, head_dim, causal, vectors):
+    """(kernel, arguments) of all launches of a forward and a backward on such a device, in their order."""
+    from hf_flashmask.attention.triton import launch, plan
+
+    seen = []
+    for module, name in (
+        (launch, "forward_kernel"), (launch, "dq_kernel"), (launch, "dkdv_kernel"),
+        (plan, "_columns_kernel"), (plan, "_rows_kernel"), (plan, "_order_kernel"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, Recorder(getattr(module, name), seen))
+    monkeypatch.setattr(launch, "_device", lambda device: (capability, ROOM[capability]))
+    mask = ColumnMask(torch.zeros(1, 1, vectors, 256, dtype=torch.int32), causal=causal)
+    q, k, v = (torch.zeros(2, 256, heads, head_dim, dtype=dtype) for heads in (4, 2, 2))
+    sinks = torch.zeros(4, dtype=dtype)
+    softcap = 30.0 if vectors == 4 else 0.0
+    out, lse = launch.forward(q, k, v, mask, 0.1, softcap, sinks)
+    launch.backward(torch.zeros_like(out), torch.zeros_like(lse), q, k, v, out, lse, mask, 0.1, softcap, sinks)
+    return seen
+
+
+def compiled(kernel, arguments, capability):
+    """Ahead of time, with the types and the divisibility that Triton would find in the arguments at a launch."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    types = {
+        torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int16: "i16"
+    }  # fmt: skip
+    signature, constants, attributes = {}, {}, {}
+    for at, param in enumerate(kernel.params):
+        value = arguments[param.name]
+        divisible = False
+        if param.is_constexpr:
+            signature[param.name] = "constexpr"
+            constants[at,] = value
+        elif isinstance(value, TensorDescriptor):
+            signature[param.name] = f"tensordesc<{types[value.base.dtype]}{list(value.block_shape)}>"
+        elif isinstance(value, torch.Tensor):
+            signature[param.name] = f"*{types[value.dtype]}"
+            divisible = True
+        elif isinstance(value, float):
+            signature[param.name] = "fp32"
+        else:
+            signature[param.name] = "i32"
+            divisible = value % 16 == 0 and not param.do_not_specialize
+        if divisible:
+            attributes[at,] = [["tt.divisibility", 16]]
+    options = {name: arguments[name] for name in arguments.keys() - {param.name for param in kernel.params}}
+    return triton.compile(
+        ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),
+        target=GPUTarget("cuda", capability[0] * 10 + capability[1], 32),
+        options=options,
+    )
+
+
+def registers_and_stack(cubin, folder):
+    """(registers, bytes of stack) a thread, or None without the tool that knows."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    tool = tool if tool.exists() else shutil.which("cuobjdump")
+    if tool is None:
+        return None
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    report = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True, timeout=60).stdout
+    return tuple(map(int, re.search(r"REG:(\d+) STACK:(\d+)", report).groups()))
+
+
+# Everything where most of it runs; elsewhere what needs most of a device.
+CASES = [
+    ((9, 0), torch.bfloat16, 64, "4 bounds"),
+    ((9, 0), torch.bfloat16, 128, "4 bounds"),
+    ((9, 0), torch.bfloat16, 128, "causal"),
+    ((9, 0), torch.bfloat16, 256, "4 bounds"),
+    ((9, 0), torch.float32, 64, "4 bounds"),
+    ((8, 0), torch.bfloat16, 128, "4 bounds"),
+    ((8, 6), torch.bfloat16, 128, "4 bounds"),
+    ((8, 9), torch.bfloat16, 256, "4 bounds"),
+    ((10, 0), torch.bfloat16, 128, "4 bounds"),
+    ((12, 0), torch.bfloat16, 128, "4 bounds"),
+]
+
+
+@pytest.mark.parametrize("name", ["forward_kernel", "dq_kernel", "dkdv_kernel"])
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "mask"),
+    CASES,
+    ids=lambda value: f"sm_{value[0]}{value[1]}" if isinstance(value, tuple) else str(value).removeprefix("torch."),
+)
+def test_fits_and_spills_little(name, capability, dtype, head_dim, mask, monkeypatch, tmp_path, record_property):
+    seen = launches(monkeypatch, capability, dtype, head_dim, *MASKS[mask])
+    ((kernel, arguments),) = [case for case in seen if case[0].__name__ == name]
+    result = compiled(kernel, arguments, capability)
+    ptx = result.asm["ptx"]
+    assert "trap;" not in ptx
+    assert result.metadata.shared <= ROOM[capability]
+    if arguments["TMA"]:
+        assert "cp.async.bulk.tensor" in ptx
+    if capability == (9, 0) and dtype == torch.bfloat16:
+        assert arguments["TMA"]
+        assert "wgmma.mma_async" in ptx
+    usage = registers_and_stack(result.asm["cubin"], tmp_path)
+    if usage is not None:
+        for what, value in zip(("registers", "stack", "shared"), (*usage, result.metadata.shared), strict=True):
+            record_property(what, value)
+        assert usage[1] <= STACK[dtype, head_dim]
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)], ids=lambda c: f"sm_{c[0]}{c[1]}")
+@pytest.mark.parametrize("mask", MASKS)
+def test_plan_kernels(capability, mask, monkeypatch, tmp_path):
+    seen = launches(monkeypatch, capability, torch.bfloat16, 64, *MASKS[mask])
+    plan = [case for case in seen if case[0].__name__.startswith("_")]
+    assert {kernel.__name__ for kernel, _ in plan} == {"_columns_kernel", "_rows_kernel", "_order_kernel"}
+    for kernel, arguments in plan:
+        result = compiled(kernel, arguments, capability)
+        assert "trap;" not in result.asm["ptx"]
+        assert result.metadata.shared <= ROOM[capability]
+        usage = registers_and_stack(result.asm["cubin"], tmp_path)
+        assert usage is None or usage[1] == 0
