@@ -109,8 +109,8 @@ def _dkdv_block(
     q, do, stats, stats_row, stats_len, k_tile, v_tile, b0, b1, b2, b3, dk, dv, b, h, n0, n, block,
     q_sb, q_sh, q_ss, do_sb, do_sh, do_ss, q_len, diagonal, qk_scale, cap_scale, masked,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr, NUM_BOUNDS: tl.constexpr, SOFTCAP: tl.constexpr,
-    TMA: tl.constexpr, TMA_BOUNDS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr, NUM_BOUNDS: tl.constexpr,
+    SOFTCAP: tl.constexpr, TMA: tl.constexpr, TMA_BOUNDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds one block of queries to dk [BLOCK_N, BLOCK_D] and dv [BLOCK_N, BLOCK_DV].
 
