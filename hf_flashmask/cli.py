@@ -93,6 +93,13 @@ def _bench_plot(args: argparse.Namespace) -> None:
     print(f"wrote {out}")
 
 
+def _bench_table(args: argparse.Namespace) -> None:
+    from hf_flashmask.bench import kernels, records
+
+    with _refusals():
+        print(kernels.markdown(records.read(args.csv), args.head_dim, other=args.peer))
+
+
 def _common(args: argparse.Namespace) -> dict[str, Any]:
     names = ("out", "backend", "device", "time_budget", "commit")
     return {name: getattr(args, name) for name in names} | {"plugins": tuple(args.plugin), "command": args.command}
@@ -166,6 +173,12 @@ def parser() -> argparse.ArgumentParser:
     convergence.add_argument("--plot", type=Path, metavar="PNG", help="also draw the curves")
     _add_origin(convergence, "convergence.csv")
     convergence.set_defaults(run=_bench_convergence)
+
+    table = bench.add_parser("table", help="a Markdown table of what 'kernels' wrote")
+    table.add_argument("csv", type=Path)
+    table.add_argument("--head-dim", type=_positive, default=128, help="(%(default)s)")
+    table.add_argument("--peer", default="flex", help="to compare with (%(default)s)")
+    table.set_defaults(run=_bench_table)
 
     plot = bench.add_parser("plot", help="a picture of what 'kernels', 'sparsity' or 'convergence' wrote")
     plot.add_argument("csv", type=Path)

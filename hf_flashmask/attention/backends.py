@@ -50,7 +50,9 @@ def _triton_obstacle(q: Tensor, v: Tensor) -> str | None:
     if max(q.shape[3], v.shape[3]) > TRITON_MAX_HEAD_DIM:
         return f"serves head dims up to {TRITON_MAX_HEAD_DIM}, got {q.shape[3]} and {v.shape[3]}"
     if q.device.type == "cpu":
-        return None if _interpreted() else "needs a GPU, got CPU tensors"
+        if not _interpreted():
+            return "needs a GPU, got CPU tensors"
+        return "has no bfloat16 in Triton's interpreter" if q.dtype == torch.bfloat16 else None
     if q.device.type != "cuda":
         return f"serves CUDA and ROCm devices, got {q.device.type}"
     capability = _capability(q.device)

@@ -28,7 +28,8 @@ class TileList(NamedTuple):
     tiles, only slower. Memory is O(lines), never per tile. A mask is one of the ``[B|1, Hm|1]`` of a ``ColumnMask``.
     """
 
-    spans: Tensor  # int16 [masks * lines * 2 * capacity + 1, 2]: a line's partial spans, then its full spans
+    # int16, read as unsigned, [masks * lines * 2 * capacity + 1, 2]: a line's partial spans, then its full ones
+    spans: Tensor
     counts: Tensor  # int32 [masks, lines, 2]: partial and full tiles
     order: Tensor  # int32 [masks, lines]: lines, heaviest first
     capacity: int
@@ -51,12 +52,16 @@ def cached(mask: ColumnMask, key: Hashable, make: Callable[[], T]) -> T:
     """``make()``, remembered for the mask's bounds tensor, its version and ``key``.
 
     A plan that a CUDA graph uses is made inside that graph's capture, so that a replay plans for the bounds it meets.
+    Bounds that are written to are noticed by their version; those made in inference mode have none and must stay as
+    they are.
     """
     capture = _capture_id() if mask.device.type == "cuda" else 0
     if capture is None:
         return make()
     plans = _plans.setdefault(mask.bounds, {})
     version = None if mask.bounds.is_inference() else mask.bounds._version
+    for known in [k for k in plans if k[0] == capture and k[1] != version]:
+        del plans[known]
     full_key = (capture, version, mask.causal, mask.q_len, key)
     if full_key not in plans:
         # Outside inference mode: a later backward may use what an evaluation step made.

@@ -232,7 +232,7 @@ def forward(
     if sinks is not None:
         without = lse
         lse = torch.logaddexp(lse, sinks.to(compute)[:, None])
-        out *= (without - lse).exp().transpose(1, 2).unsqueeze(-1).to(out.dtype)
+        out *= (without - _finite(lse)).exp().transpose(1, 2).unsqueeze(-1).to(out.dtype)
     return out, lse
 
 
@@ -267,7 +267,8 @@ def backward(
         delta = (do.to(compute) * out.to(compute)).sum(-1).transpose(1, 2)
         delta = delta if dlse is None else delta - dlse
     if sinks is not None and delta is not None:
-        weight = (sinks.to(compute)[:, None] - lse).exp()
+        # A row with lse -inf sees nothing, a sink of -inf included.
+        weight = (sinks.to(compute)[:, None] - lse).exp().masked_fill(lse == -torch.inf, 0.0)
         dsinks = -(weight * delta).sum((0, 2)).to(sinks.dtype)
     safe = _finite(lse)
     if fused:

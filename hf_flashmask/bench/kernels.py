@@ -240,3 +240,28 @@ def summary(rows: Sequence[Mapping[str, object]], ours: str = "flashmask", other
         body.append(["geometric mean", "", "", means[0], "", "", means[1]])
         parts.append(f"{shape[0]} tokens, head dim {shape[1]}\n" + table(header, body))
     return "\n\n".join(parts)
+
+
+def markdown(rows: Sequence[Mapping[str, str]], head_dim: int, ours: str = "flashmask", other: str = "flex") -> str:
+    """TFLOP/s of ours and another peer, and their ratio, as a Markdown table; the last row of each kind counts.
+
+    Raises:
+        Refusal: nothing was measured of both at this head dim.
+    """
+    found = {
+        (int(r["seq_len"]), r["pass"], r["mask"], r["peer"]): float(r["tflops"])
+        for r in rows
+        if r["tflops"] and int(r["head_dim"]) == head_dim
+    }
+    cases = list(dict.fromkeys(key[:2] for key in found if key[3] == other))
+    if not cases:
+        raise Refusal(f"no measurements of {ours} and {other} at head dim {head_dim}")
+    titles = [f"{n // 1024}K {'forward' if which == 'fwd' else 'backward'}" for n, which in cases]
+    lines = [f"| mask | {' | '.join(titles)} |", "|---|" + "---|" * len(cases)]
+    for name in dict.fromkeys(key[2] for key in found):
+        cells = []
+        for case in cases:
+            a, b = (found.get((*case, name, peer)) for peer in (ours, other))
+            cells.append(f"{a:.0f} / {b:.0f} = **{a / b:.2f}**" if a and b else "-")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,5 +1,7 @@
 """Bad input gets an error that names the argument and the remedy, before anything is computed."""
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -84,3 +86,19 @@ def test_refused_with_a_remedy(name):
     call, error, message = CASES[name]
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the triton package")
+@pytest.mark.parametrize(
+    ("options", "obstacle"),
+    [
+        ({"dtype": torch.float64}, "has no float64"),
+        ({"d": 300}, "serves head dims up to 256, got 300 and 300"),
+        ({}, "needs a GPU, got CPU tensors"),
+    ],
+)
+def test_triton_is_never_replaced(options, obstacle, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(NotImplementedError, match=f"backend='triton' {obstacle}; use backend='auto' or 'torch'"):
+        attend(*qkv(**options), masks.causal(8), backend="triton")
+    attend(*qkv(**options), masks.causal(8), backend="auto")

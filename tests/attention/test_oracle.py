@@ -262,3 +262,16 @@ def test_activation_checkpointing():
         for t, wanted in zip((q, k, v), expected, strict=True):
             assert torch.equal(t.grad, wanted)
             t.grad = None
+
+
+def test_a_sink_without_weight_and_a_row_that_sees_nothing():
+    """The sink's gradient is 0 there, not NaN."""
+    mask = ColumnMask(torch.tensor([[[[2] * 5, [5] * 5]]], dtype=torch.int32), causal=False)
+    sinks = torch.tensor([-torch.inf, 0.3], requires_grad=True)
+    q, k = torch.randn(1, 5, 2, 8), torch.randn(1, 5, 2, 8)
+    for backend in ("torch", "reference"):
+        out = flashmask_attention(q, k, k, mask, sinks=sinks, backend=backend)
+        assert out.isfinite().all()
+        (grad,) = torch.autograd.grad(out.sum(), sinks)
+        assert grad.isfinite().all()
+        assert grad[0] == 0

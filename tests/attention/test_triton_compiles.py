@@ -22,8 +22,6 @@ KIB = 1024
 ROOM = {(8, 0): 163 * KIB, (8, 6): 99 * KIB, (8, 9): 99 * KIB, (9, 0): 227 * KIB, (10, 0): 227 * KIB, (12, 0): 99 * KIB}
 # Registers and memory are most at four bounds; one causal bound is what most training has.
 MASKS = {"4 bounds": (False, 4), "causal": (True, 1)}
-# Bytes of stack a thread, which is where registers spill to: what Triton 3.6 to 3.9 need, and half as much again.
-STACK = {(torch.bfloat16, 64): 64, (torch.bfloat16, 128): 128, (torch.bfloat16, 256): 1024, (torch.float32, 64): 1024}
 
 
 class Recorder:
@@ -111,28 +109,29 @@ def registers_and_stack(cubin, folder):
     return tuple(map(int, re.search(r"REG:(\d+) STACK:(\d+)", report).groups()))
 
 
-# Everything where most of it runs; elsewhere what needs most of a device.
+# What most run on in full; elsewhere what needs most of a device. The last number bounds the bytes of stack a thread,
+# which is where registers spill to: a third more than the worst of Triton 3.6 and 3.9.
 CASES = [
-    ((9, 0), torch.bfloat16, 64, "4 bounds"),
-    ((9, 0), torch.bfloat16, 128, "4 bounds"),
-    ((9, 0), torch.bfloat16, 128, "causal"),
-    ((9, 0), torch.bfloat16, 256, "4 bounds"),
-    ((9, 0), torch.float32, 64, "4 bounds"),
-    ((8, 0), torch.bfloat16, 128, "4 bounds"),
-    ((8, 6), torch.bfloat16, 128, "4 bounds"),
-    ((8, 9), torch.bfloat16, 256, "4 bounds"),
-    ((10, 0), torch.bfloat16, 128, "4 bounds"),
-    ((12, 0), torch.bfloat16, 128, "4 bounds"),
+    ((9, 0), torch.bfloat16, 64, "4 bounds", 32),
+    ((9, 0), torch.bfloat16, 128, "4 bounds", 384),
+    ((9, 0), torch.bfloat16, 128, "causal", 128),
+    ((9, 0), torch.bfloat16, 256, "4 bounds", 800),
+    ((9, 0), torch.float32, 64, "4 bounds", 96),
+    ((8, 0), torch.bfloat16, 128, "4 bounds", 320),
+    ((8, 6), torch.bfloat16, 128, "4 bounds", 160),
+    ((8, 9), torch.bfloat16, 256, "4 bounds", 64),
+    ((10, 0), torch.bfloat16, 128, "4 bounds", 192),
+    ((12, 0), torch.bfloat16, 128, "4 bounds", 160),
 ]
 
 
 @pytest.mark.parametrize("name", ["forward_kernel", "dq_kernel", "dkdv_kernel"])
 @pytest.mark.parametrize(
-    ("capability", "dtype", "head_dim", "mask"),
+    ("capability", "dtype", "head_dim", "mask", "stack"),
     CASES,
     ids=lambda value: f"sm_{value[0]}{value[1]}" if isinstance(value, tuple) else str(value).removeprefix("torch."),
 )
-def test_fits_and_spills_little(name, capability, dtype, head_dim, mask, monkeypatch, tmp_path, record_property):
+def test_fits_and_spills_little(name, capability, dtype, head_dim, mask, stack, monkeypatch, tmp_path, record_property):
     seen = launches(monkeypatch, capability, dtype, head_dim, *MASKS[mask])
     ((kernel, arguments),) = [case for case in seen if case[0].__name__ == name]
     result = compiled(kernel, arguments, capability)
@@ -148,7 +147,7 @@ def test_fits_and_spills_little(name, capability, dtype, head_dim, mask, monkeyp
     if usage is not None:
         for what, value in zip(("registers", "stack", "shared"), (*usage, result.metadata.shared), strict=True):
             record_property(what, value)
-        assert usage[1] <= STACK[dtype, head_dim]
+        assert usage[1] <= stack, f"{usage[0]} registers, {usage[1]} bytes of stack"
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)], ids=lambda c: f"sm_{c[0]}{c[1]}")
@@ -162,4 +161,4 @@ def test_plan_kernels(capability, mask, monkeypatch, tmp_path):
         assert "trap;" not in result.asm["ptx"]
         assert result.metadata.shared <= ROOM[capability]
         usage = registers_and_stack(result.asm["cubin"], tmp_path)
-        assert usage is None or usage[1] == 0
+        assert usage is None or usage[1] <= 320, (kernel.__name__, usage)

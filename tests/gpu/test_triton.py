@@ -241,6 +241,37 @@ def test_lists_of_a_million_tokens():
     assert check_list(plan.build(mask, block_m, block_n, by_columns=True), expected.transpose(1, 2).contiguous()) == 0
 
 
+def test_a_mask_takes_little_memory():
+    """128K tokens in causal documents: at most 4 MiB, where a dense mask takes 16 GiB."""
+    from hf_flashmask.attention import triton as backend
+
+    mask = document(131072).to("cuda")
+    assert backend.plan_bytes(mask, 128, 128, BF16) + mask.bounds.nbytes <= 4 * 2**20
+
+
+def test_peak_memory_is_that_of_causal_attention():
+    n, heads = 131072, 8
+    mask = document(n).to("cuda")
+    shape = (1, n, heads, 128)
+
+    def peak(attention):
+        torch.cuda.empty_cache()
+        tensors = [torch.randn(shape, dtype=BF16, device="cuda", requires_grad=True) for _ in "qkv"]
+        do = torch.randn(shape, dtype=BF16, device="cuda")
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.autograd.grad(attention(*tensors), tensors, do)
+        return torch.cuda.max_memory_allocated() - before
+
+    def causal(q, k, v):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+            return torch.nn.functional.scaled_dot_product_attention(
+                *(t.transpose(1, 2) for t in (q, k, v)), is_causal=True
+            ).transpose(1, 2)
+
+    assert peak(lambda *t: attend(*t, mask)) <= 1.05 * peak(causal)
+
+
 # ---- repeating, compiling, capturing -------------------------------------------------------------------------------
 
 

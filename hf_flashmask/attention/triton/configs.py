@@ -56,7 +56,7 @@ _PORTABLE = {
     ("dq", 128): [Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(64, 32, 4, 2), Config(32, 32, 4, 2)],
     ("dq", 256): [Config(64, 64, 8, 2), Config(64, 32, 4, 2), Config(32, 32, 4, 2), Config(32, 16, 4, 1)],
     ("dkdv", 64): [Config(64, 64, 4, 2), Config(32, 64, 4, 2)],
-    ("dkdv", 128): [Config(64, 128, 8, 2), Config(64, 64, 4, 2), Config(32, 64, 4, 2), Config(32, 32, 4, 2)],
+    ("dkdv", 128): [Config(64, 128, 8, 2), Config(64, 64, 8, 2), Config(32, 64, 4, 2), Config(32, 32, 4, 2)],
     ("dkdv", 256): [Config(64, 64, 8, 2), Config(32, 64, 8, 2), Config(32, 32, 4, 2), Config(16, 32, 4, 1)],
 }
 # float32 in three tf32 products: small blocks, since operands are split in registers.

@@ -88,7 +88,8 @@ def backward(
     do = do if do.stride(-1) == 1 else do.contiguous()
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     stats_len = triton.cdiv(q.shape[1], BOUNDS_BLOCK) * BOUNDS_BLOCK
-    stats = lse.new_empty(*lse.shape[:2], 2, stats_len)
+    # Zeros: blocks of keys may be longer than those of queries, which write it, and read on.
+    stats = lse.new_zeros(*lse.shape[:2], 2, stats_len)
     case = _Case(q, k, v, mask, softmax_scale, softcap)
     case.launch(
         dq_kernel, "dq", {"q": q, "k": k, "v": v, "out": out, "do": do, "dq": dq},
@@ -99,7 +100,9 @@ def backward(
         dq = dq * (-1.0 if given_scale < 0 else 0.0)
     dsinks = None
     if sinks is not None:
-        dsinks = -((sinks.float()[:, None] - lse).exp() * stats[:, :, 1, : q.shape[1]]).sum((0, 2)).to(sinks.dtype)
+        # A row with lse -inf sees nothing, a sink of -inf included.
+        weight = (sinks.float()[:, None] - lse).exp().masked_fill(lse == -torch.inf, 0.0)
+        dsinks = -(weight * stats[:, :, 1, : q.shape[1]]).sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, dsinks
 
 

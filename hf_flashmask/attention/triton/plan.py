@@ -19,8 +19,8 @@ from .primitives import LENGTHS
 
 # Tiles looked at in one step; the first and last 16 of them only lend their state to their neighbours.
 _CHUNK = 256
-_MAX_TILES = 2**15 - 1  # span ends are int16
-_COMPARED = 128
+_MAX_TILES = 2**16 - 2  # spans are 16 bits, unsigned, and half as many of a kind fit into 15
+_COMPARED = 64
 # An end that no row reaches.
 _FAR = tl.constexpr(2**31 - 1)
 
@@ -293,14 +293,15 @@ def build(mask: ColumnMask, block_m: int, block_n: int, *, by_columns: bool) -> 
     The mask is on a GPU, or anywhere in Triton's interpreter.
 
     Raises:
-        NotImplementedError: more than 32767 tiles along a side.
+        NotImplementedError: more than 65534 tiles along a side.
     """
     bounds = mask.bounds.contiguous()
     masks, kv_len = bounds.shape[0] * bounds.shape[1], mask.kv_len
     row_tiles, column_tiles = triton.cdiv(mask.q_len, block_m), triton.cdiv(kv_len, block_n)
     if max(row_tiles, column_tiles) > _MAX_TILES:
         raise NotImplementedError(
-            f"the mask has {row_tiles} x {column_tiles} tiles of {block_m} x {block_n}; at most {_MAX_TILES} a side"
+            f"the mask has {row_tiles} x {column_tiles} tiles of {block_m} x {block_n}; at most {_MAX_TILES} a side; "
+            "use backend='torch'"
         )
     lines, tiles = (column_tiles, row_tiles) if by_columns else (row_tiles, column_tiles)
     capacity = min((tiles + 1) // 2, MAX_SPANS)

@@ -130,8 +130,8 @@ def open_list(spans, counts, mask, line, lines, capacity):
     full = tl.load(counts + at * 2 + 1)
     spans += at * capacity * 4
     span = tl.where(partial == 0, capacity, 0)
-    tile = tl.load(spans + span * 2).to(tl.int32)
-    end = tl.load(spans + span * 2 + 1).to(tl.int32)
+    tile = tl.load(spans + span * 2).to(tl.int32) & 0xFFFF
+    end = tl.load(spans + span * 2 + 1).to(tl.int32) & 0xFFFF
     return spans, partial, full, span, tile, end
 
 
@@ -142,14 +142,17 @@ def next_tile(spans, span, tile, end, visit, partial, capacity):
     moves = tile == end
     span += moves.to(tl.int32)
     span = tl.where(visit + 1 == partial, capacity, span)
-    tile = tl.where(moves, tl.load(spans + span * 2).to(tl.int32), tile)
-    end = tl.load(spans + span * 2 + 1).to(tl.int32)
+    tile = tl.where(moves, tl.load(spans + span * 2).to(tl.int32) & 0xFFFF, tile)
+    end = tl.load(spans + span * 2 + 1).to(tl.int32) & 0xFFFF
     return span, tile, end
 
 
 @triton.jit
 def tanh(x):
-    return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
+    """Accurate relative to small x too, where the usual formula cancels."""
+    square = x * x
+    small = x * (1.0 - square * (1.0 / 3.0 - square * (2.0 / 15.0 - square * (17.0 / 315.0))))
+    return tl.where(square < 0.01, small, 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E))))
 
 
 @triton.jit
