@@ -58,7 +58,8 @@ def flashmask_attention(
         v: ``[B, Sk, Hkv, Dv]``, Dv up to 512 and not necessarily D.
         mask: which pairs are visible; batch 1 or B, heads 1, Hkv or Hq. None with no ``startend_row_indices`` means
             all of them, or the causal triangle with ``causal=True``.
-        startend_row_indices: int32 ``[B|1, Hm|1, Sk, C]`` as in Paddle, instead of ``mask``.
+        startend_row_indices: int32 ``[B|1, Hm|1, Sk, C]`` as in Paddle, instead of ``mask``. What is planned for a
+            mask is remembered with it: layers that share one ``ColumnMask`` plan once, these indices every call.
         causal: goes with ``startend_row_indices``, or with no mask at all; a ``ColumnMask`` knows its own.
         softmax_scale: default ``D ** -0.5``.
         softcap: scores become ``softcap * tanh(scores / softcap)``, as in Gemma 2.
@@ -93,6 +94,8 @@ def flashmask_attention(
             raise ValueError(
                 f"sinks must be [Hq] = [{q.shape[2]}] on {q.device}, got {tuple(sinks.shape)} on {sinks.device}"
             )
+    if not isinstance(deterministic, bool):
+        raise TypeError(f"deterministic must be a bool, got {type(deterministic).__name__}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "reference":

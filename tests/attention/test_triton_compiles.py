@@ -20,6 +20,8 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 KIB = 1024
 # Shared memory that a block can have, by compute capability.
 ROOM = {(8, 0): 163 * KIB, (8, 6): 99 * KIB, (8, 9): 99 * KIB, (9, 0): 227 * KIB, (10, 0): 227 * KIB, (12, 0): 99 * KIB}
+AMD = (0, 0)  # what the launching code calls a ROCm device
+ROOM[AMD] = 64 * KIB
 # Registers and memory are most at four bounds; one causal bound is what most training has.
 MASKS = {"4 bounds": (False, 4), "causal": (True, 1)}
 
@@ -88,9 +90,10 @@ def compiled(kernel, arguments, capability):
         if divisible:
             attributes[at,] = [["tt.divisibility", 16]]
     options = {name: arguments[name] for name in arguments.keys() - {param.name for param in kernel.params}}
+    cuda = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
     return triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),
-        target=GPUTarget("cuda", capability[0] * 10 + capability[1], 32),
+        target=GPUTarget("hip", "gfx942", 64) if capability == AMD else cuda,
         options=options,
     )
 
@@ -162,3 +165,10 @@ def test_plan_kernels(capability, mask, monkeypatch, tmp_path):
         assert result.metadata.shared <= ROOM[capability]
         usage = registers_and_stack(result.asm["cubin"], tmp_path)
         assert usage is None or usage[1] <= 320, (kernel.__name__, usage)
+
+
+def test_amd(monkeypatch):
+    for kernel, arguments in launches(monkeypatch, AMD, torch.bfloat16, 64, *MASKS["causal"]):
+        result = compiled(kernel, arguments, AMD)
+        assert "hsaco" in result.asm
+        assert result.metadata.shared <= ROOM[AMD]
