@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from . import masks as masks
     from .attention import flashmask_attention as flashmask_attention
     from .masks import ColumnMask as ColumnMask
+    from .prefix_sharing import share_prompts as share_prompts
 
 __version__ = "0.1.0"
-__all__ = ["ColumnMask", "__version__", "flashmask_attention", "masks"]
+__all__ = ["ColumnMask", "__version__", "flashmask_attention", "masks", "share_prompts"]
 
-_PUBLIC = {"ColumnMask": "masks", "flashmask_attention": "attention"}
+_PUBLIC = {"ColumnMask": "masks", "flashmask_attention": "attention", "share_prompts": "prefix_sharing"}
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # A package may import those after it, never those before it.
-LAYERS = ["hf_flashmask.patches", "hf_flashmask.huggingface", "hf_flashmask.attention", "hf_flashmask.masks"]
+LAYERS = [
+    "hf_flashmask.patches",
+    "hf_flashmask.prefix_sharing",
+    "hf_flashmask.huggingface",
+    "hf_flashmask.attention",
+    "hf_flashmask.masks",
+]
 ABOVE_ALL = ["hf_flashmask.bench", "hf_flashmask.cli"]
 
 
