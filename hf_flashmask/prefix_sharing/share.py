@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .merge import merge_rows
+from .verify import compare
 
 _RECURRENT = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase, nn.RNNCellBase)
 _ATTENTION = ("full_attention",)
@@ -21,8 +22,9 @@ class SharedPrompts:
     ``rows_tokens`` counts the tokens of the rows seen so far, padding left out, ``merged_tokens`` those computed.
     """
 
-    def __init__(self, backbone: Any) -> None:
+    def __init__(self, backbone: Any, unverified: bool = False) -> None:
         self._backbone = backbone
+        self._unverified = unverified
         self.rows_tokens = 0
         self.merged_tokens = 0
 
@@ -40,7 +42,7 @@ class SharedPrompts:
         self.undo()
 
 
-def share_prompts(model: nn.Module) -> SharedPrompts:
+def share_prompts(model: nn.Module, *, verify: str | None = None) -> SharedPrompts:
     """Let a decoder-only model compute what rows of a batch have in common at their beginning once.
 
     DPO pairs, reward candidates, GRPO groups and conversations repeat their prompts; results and gradients are those of
@@ -50,16 +52,21 @@ def share_prompts(model: nn.Module) -> SharedPrompts:
 
     Args:
         model: a Transformers model, or a PEFT model around one, with ``attn_implementation="flashmask"``.
+        verify: "first" runs the first batch both ways, without dropout, and compares hidden states and, where gradients
+            are on, the gradient of every trained parameter. Costs two forwards and two backwards once.
 
     Raises:
         TypeError, ValueError, NotImplementedError: the model's rows cannot be merged, and why.
+        RuntimeError: from the first batch, with a table, if ``verify`` finds a difference beyond rounding.
     """
+    if verify not in (None, "first"):
+        raise ValueError(f'verify must be "first" or None, got {verify!r}')
     backbone = _backbone(model)
     existing: SharedPrompts | None = backbone.__dict__.get("_hf_flashmask_shared")
     if existing is not None:
         return existing
     _check(backbone)
-    shared = SharedPrompts(backbone)
+    shared = SharedPrompts(backbone, unverified=verify is not None)
     stock = backbone.forward
     signature = inspect.signature(stock)
 
@@ -70,6 +77,9 @@ def share_prompts(model: nn.Module) -> SharedPrompts:
         given.pop("kwargs", None)
         if given.get("past_key_values") is not None or given.get("use_cache"):
             return stock(*args, **kwargs)
+        if shared._unverified:
+            shared._unverified = False
+            compare(backbone, lambda: stock(*args, **kwargs), lambda: _run_merged(None, stock, given), given)
         return _run_merged(shared, stock, given)
 
     backbone.forward = forward
@@ -128,7 +138,7 @@ def _check(backbone: Any) -> None:
             raise NotImplementedError(f"{name} counts positions from the attention mask in {path}")
 
 
-def _run_merged(shared: SharedPrompts, stock: Any, given: dict[str, Any]) -> Any:
+def _run_merged(shared: SharedPrompts | None, stock: Any, given: dict[str, Any]) -> Any:
     if given.get("inputs_embeds") is not None:
         raise NotImplementedError("share_prompts compares token ids: give input_ids instead of inputs_embeds")
     input_ids, attention_mask = given.get("input_ids"), given.get("attention_mask")
@@ -140,8 +150,9 @@ def _run_merged(shared: SharedPrompts, stock: Any, given: dict[str, Any]) -> Any
         if given.get(name) is not None and given[name] is not False:
             raise NotImplementedError(f"share_prompts cannot merge rows that come with {name}")
     rows = merge_rows(input_ids, attention_mask, given.get("position_ids"))
-    shared.merged_tokens += rows.input_ids.shape[1]
-    shared.rows_tokens += rows.rows_tokens
+    if shared is not None:
+        shared.merged_tokens += rows.input_ids.shape[1]
+        shared.rows_tokens += rows.rows_tokens
     out = stock(
         **{
             **given,

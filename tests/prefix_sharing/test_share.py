@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_flashmask import share_prompts
+from hf_flashmask.prefix_sharing import MergedRows
 from tests.huggingface.models import pair, tiny
 
 SHARED = [
@@ -169,3 +170,31 @@ def test_calls_that_are_refused():
             ours(ids, attention_mask=torch.ones(6, 1, 17, 17), use_cache=False)
         with pytest.raises(NotImplementedError, match="packed already"):
             ours(ids, position_ids=torch.arange(17).remainder(9).expand(6, 17), use_cache=False)
+
+
+def test_verify(monkeypatch):
+    ids, mask = groups("right")
+    # The second has dropout, which falls differently on merged rows and must not count.
+    for model_type, options in (("llama", {}), ("gpt2", {"attn_pdrop": 0.0, "resid_pdrop": 0.3})):
+        ours = tiny(model_type, "flashmask", **options).train()
+        with share_prompts(ours, verify="first") as shared:
+            ours(ids, attention_mask=mask, use_cache=False)
+            tokens_once = shared.merged_tokens
+            assert tokens_once > 0
+            assert all(module.training for module in ours.modules())
+            assert all(p.grad is None for p in ours.parameters())
+            with torch.no_grad():
+                ours(ids, attention_mask=mask, use_cache=False)
+            assert shared.merged_tokens == 2 * tokens_once
+    restore = MergedRows.restore
+    monkeypatch.setattr(MergedRows, "restore", lambda rows, hidden: restore(rows, hidden.roll(1, 1)))
+    with share_prompts(tiny("llama", "flashmask"), verify="first"):
+        pass
+    ours = tiny("llama", "flashmask")
+    with (
+        share_prompts(ours, verify="first"),
+        pytest.raises(RuntimeError, match=r"LlamaModel.*in \d+ of \d+ tensors:\n  .*(hidden states|gradient of)"),
+    ):
+        ours(ids, attention_mask=mask, use_cache=False)
+    with pytest.raises(ValueError, match='verify must be "first" or None'):
+        share_prompts(ours, verify="always")
