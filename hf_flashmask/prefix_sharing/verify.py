@@ -29,17 +29,16 @@ def compare(backbone: nn.Module, stock: Callable[[], Any], merged: Callable[[], 
         for module, training in modes:
             module.training = training
     attention_mask = given.get("attention_mask")
-    real = torch.ones_like(expected[..., 0]) if attention_mask is None else attention_mask != 0
-    real = real.to(expected.dtype).unsqueeze(-1)
-    pairs = {"hidden states": (actual * real, expected * real)}
+    padding = torch.zeros_like(expected[..., 0]) if attention_mask is None else attention_mask == 0
+    expected, actual = (h.masked_fill(padding.bool().unsqueeze(-1), 0) for h in (expected, actual))
+    pairs = {"hidden states": (actual, expected)}
     parameters = {n: p for n, p in backbone.named_parameters() if p.requires_grad}
     if expected.requires_grad and parameters:
         generator = torch.Generator(expected.device).manual_seed(0)
-        weights = torch.randn(expected.shape, generator=generator, device=expected.device, dtype=expected.dtype) * real
-        for name, grads in zip(
-            parameters, zip(*(_grads(h, weights, parameters) for h in (actual, expected)), strict=True), strict=True
-        ):
-            pairs[f"gradient of {name}"] = grads
+        weights = torch.randn(expected.shape, generator=generator, device=expected.device, dtype=expected.dtype)
+        ours, theirs = (_grads(h, weights, parameters) for h in (actual, expected))
+        for name, a, b in zip(parameters, ours, theirs, strict=True):
+            pairs[f"gradient of {name}"] = (a, b)
     differences = {name: _relative(*pair) for name, pair in pairs.items()}
     tolerance = _TOLERANCE[expected.dtype]
     # NaN compares false.
