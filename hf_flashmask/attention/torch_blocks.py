@@ -16,6 +16,7 @@ from torch import Tensor
 from hf_flashmask.masks import ColumnMask
 
 from .runs import Kind, RowBlock, Run, RunPlan, cached_plan
+from .sinks import sink_gradient
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -267,9 +268,7 @@ def backward(
         delta = (do.to(compute) * out.to(compute)).sum(-1).transpose(1, 2)
         delta = delta if dlse is None else delta - dlse
     if sinks is not None and delta is not None:
-        # A row with lse -inf sees nothing, a sink of -inf included.
-        weight = (sinks.to(compute)[:, None] - lse).exp().masked_fill(lse == -torch.inf, 0.0)
-        dsinks = -(weight * delta).sum((0, 2)).to(sinks.dtype)
+        dsinks = sink_gradient(sinks, lse, delta)
     safe = _finite(lse)
     if fused:
         q, k, v, do, out = _pad_heads(q, k, v, do, out)

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hf_flashmask.masks.intervals import run_spans
+
 from .demo import texts, train_tokenizer
 from .kernels import release
 from .measure import table
@@ -125,7 +127,7 @@ def pack(documents: Sequence[Sequence[int]], row_len: int) -> list[Row]:
         if len(ids) == row_len:
             first = torch.ones(row_len, dtype=torch.bool)
             first[1:] = number[1:] != number[:-1]
-            positions = at - torch.where(first, at, 0).cummax(0).values
+            positions = at - run_spans(first[None])[0][0]
             # The last token of a document must not learn how the next one begins.
             rows.append(Row(ids[None], positions[None], ids.masked_fill(first, _IGNORED)[None], number[None]))
     return rows

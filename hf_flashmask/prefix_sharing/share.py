@@ -69,12 +69,12 @@ def share_prompts(model: nn.Module, *, verify: str | None = None) -> SharedPromp
     shared = SharedPrompts(backbone, unverified=verify is not None)
     stock = backbone.forward
     signature = inspect.signature(stock)
+    others = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
 
     @functools.wraps(stock)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
-        given.pop("kwargs", None)
+        given = dict(signature.bind(*args, **kwargs).arguments)
+        given |= given.pop(others, {})
         if given.get("past_key_values") is not None or given.get("use_cache"):
             return stock(*args, **kwargs)
         if shared._unverified:

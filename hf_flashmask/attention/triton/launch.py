@@ -11,6 +11,7 @@ from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_flashmask.attention.plan import TileList, cached
+from hf_flashmask.attention.sinks import sink_gradient
 from hf_flashmask.masks import ColumnMask
 
 from . import configs, plan
@@ -98,11 +99,7 @@ def backward(
     case.launch(dkdv_kernel, "dkdv", {"q": q, "k": k, "v": v, "do": do, "dk": dk, "dv": dv}, {"stats": stats})
     if given_scale <= 0:
         dq = dq * (-1.0 if given_scale < 0 else 0.0)
-    dsinks = None
-    if sinks is not None:
-        # A row with lse -inf sees nothing, a sink of -inf included.
-        weight = (sinks.float()[:, None] - lse).exp().masked_fill(lse == -torch.inf, 0.0)
-        dsinks = -(weight * stats[:, :, 1, : q.shape[1]]).sum((0, 2)).to(sinks.dtype)
+    dsinks = None if sinks is None else sink_gradient(sinks, lse, stats[:, :, 1, : q.shape[1]])
     return dq, dk, dv, dsinks
 
 

@@ -18,19 +18,26 @@ LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
+def _tile_pointers(x, b, h, row, stride_b, stride_h, stride_s, rows, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+                   BLOCK_D: tl.constexpr):  # fmt: skip
+    """Addresses [BLOCK, BLOCK_D] of a tile, and which of them the tensor has; the tile's start in 64 bits."""
+    s = row + tl.arange(0, BLOCK)
+    d = tl.arange(0, BLOCK_D)
+    start = x + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + row.to(tl.int64) * stride_s
+    inside = (s < rows)[:, None]
+    if SIZE < BLOCK_D:
+        inside = inside & (d < SIZE)[None, :]
+    return start + tl.arange(0, BLOCK)[:, None] * stride_s + d[None, :], inside
+
+
+@triton.jit
 def load_tile(x, b, h, row, stride_b, stride_h, stride_s, rows, SIZE: tl.constexpr, BLOCK: tl.constexpr,
               BLOCK_D: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
     """Rows [row, row + BLOCK) of head (b, h): [BLOCK, BLOCK_D]; zeros beyond ``rows`` and beyond the head dim SIZE."""
     if TMA:
         tile = x.load([b, h, row, 0]).reshape(BLOCK, BLOCK_D)
     else:
-        s = row + tl.arange(0, BLOCK)
-        d = tl.arange(0, BLOCK_D)
-        start = x + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + row.to(tl.int64) * stride_s
-        at = start + tl.arange(0, BLOCK)[:, None] * stride_s + d[None, :]
-        inside = (s < rows)[:, None]
-        if SIZE < BLOCK_D:
-            inside = inside & (d < SIZE)[None, :]
+        at, inside = _tile_pointers(x, b, h, row, stride_b, stride_h, stride_s, rows, SIZE, BLOCK, BLOCK_D)
         tile = tl.load(at, mask=inside, other=0.0)
     return tile
 
@@ -42,13 +49,7 @@ def store_tile(x, tile, b, h, row, stride_b, stride_h, stride_s, rows, SIZE: tl.
     if TMA:
         x.store([b, h, row, 0], tile.to(x.dtype).reshape(1, 1, BLOCK, BLOCK_D))
     else:
-        s = row + tl.arange(0, BLOCK)
-        d = tl.arange(0, BLOCK_D)
-        start = x + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + row.to(tl.int64) * stride_s
-        at = start + tl.arange(0, BLOCK)[:, None] * stride_s + d[None, :]
-        inside = (s < rows)[:, None]
-        if SIZE < BLOCK_D:
-            inside = inside & (d < SIZE)[None, :]
+        at, inside = _tile_pointers(x, b, h, row, stride_b, stride_h, stride_s, rows, SIZE, BLOCK, BLOCK_D)
         tl.store(at, tile.to(x.dtype.element_ty), mask=inside)
 
 
