@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_flashmask.bench import kernels, records
+from hf_flashmask.bench import kernels, records, sparsity
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "docs" / "benchmarks" / "h200_kernels.csv"
@@ -55,3 +55,13 @@ def test_the_training_was_exact_and_repeated_itself():
         return max(abs(float(x) - float(y)) for x, y in zip(curves[a], curves[b], strict=True))
 
     assert gap("flashmask", "sdpa") <= max(gap("eager", "sdpa"), gap("sdpa math", "sdpa"), gap("sdpa math", "eager"))
+
+
+@pytest.mark.parametrize(("which", "per_tile"), [("fwd", "2.07 us"), ("bwd", "6.1 us")])
+def test_time_follows_the_visited_tiles(which, per_tile):
+    tiles, ms = sparsity.points(records.read(ROOT / "docs" / "benchmarks" / "h200_sparsity.csv"), which)
+    line = sparsity.fit(tiles, ms)
+    assert len(set(tiles)) == 40
+    assert line.r_squared >= 0.9998
+    assert f"{line.slope * 1e3:.3g} us" == per_tile
+    assert per_tile in (ROOT / "docs" / "performance.md").read_text()

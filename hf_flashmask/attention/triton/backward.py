@@ -41,7 +41,7 @@ def _dq_block(
     if masked:
         n = n0 + tl.arange(0, BLOCK_N)[None, :]
         b0, b1, b2, b3 = load_bounds(bounds, mask, n0, bounds_len, BLOCK_N, NUM_BOUNDS, TMA_BOUNDS)
-        p = hide(p, 0.0, m[:, None], n, m0, n0, b0, b1, b2, b3, diagonal, CAUSAL, NUM_BOUNDS, BLOCK_N, False)
+        p = hide(p, 0.0, m[:, None], n, m0, n0, b0, b1, b2, b3, diagonal, CAUSAL, NUM_BOUNDS, BLOCK_N, True)
     v_tile = load_tile(v, b, h_kv, n0, v_sb, v_sh, v_ss, kv_len, HEAD_DIM_V, BLOCK_N, BLOCK_DV, TMA)
     dp = tl.dot(do, v_tile.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     ds = p * (dp - delta[:, None])
