@@ -13,6 +13,7 @@ from hf_flashmask.attention import flashmask_attention
 from hf_flashmask.masks import ColumnMask
 
 from .packing import BuiltMask, split_documents
+from .tree_mask import TreeMask, WindowedTree
 
 # What models hand to attention functions that has no bearing on the result here. Everything else that is set is
 # refused: a kernel that ignores an argument it does not know is silently wrong.
@@ -114,17 +115,17 @@ def flashmask_attention_forward(
         )
     if _attends_elsewhere(module, is_causal):
         position_ids = None
-    mask = split_documents(mask, position_ids, cu_seq_lens_q, cu_seq_lens_k)
-    out = flashmask_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        mask.to(query.device),
-        softmax_scale=scaling,
-        softcap=softcap,
-        sinks=s_aux,
-    )
-    return out, None
+    mask = split_documents(mask, position_ids, cu_seq_lens_q, cu_seq_lens_k).to(query.device)
+    tensors = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    options: dict[str, Any] = {"softmax_scale": scaling, "softcap": softcap, "sinks": s_aux}
+    if isinstance(mask, WindowedTree):
+        return mask.attend(*tensors, **options), None
+    if isinstance(mask, TreeMask) and sliding_window is not None and sliding_window < mask.row_len:
+        raise NotImplementedError(
+            f"{where}: sliding_window={sliding_window} reached attention but not the mask, so merged rows would lose "
+            "it; run this model without share_prompts"
+        )
+    return flashmask_attention(*tensors, mask, **options), None
 
 
 def _attends_elsewhere(module: torch.nn.Module, is_causal: bool) -> bool:

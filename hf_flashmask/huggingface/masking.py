@@ -21,6 +21,7 @@ from hf_flashmask.masks.convert import from_row_blocks
 from hf_flashmask.masks.intervals import run_spans
 
 from .packing import BuiltMask, documents_from_position_ids, take_position_ids
+from .tree_mask import TreeMask
 
 # What Transformers hands to mask interfaces that only tells which shortcuts they may take.
 _NO_EFFECT = frozenset(
@@ -80,6 +81,8 @@ def flashmask_mask(
                 f"the ColumnMask given as attention_mask is for {attention_mask.q_len} queries x "
                 f"{attention_mask.kv_len} keys, but this forward has {q_length} x {kv_length}"
             )
+        if isinstance(attention_mask, TreeMask):
+            attention_mask = attention_mask.within(_row_window(mask_function))
         return attention_mask.to(device)
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(f"attention_mask must be 2-D or 4-D, got shape {tuple(attention_mask.shape)}")
@@ -166,6 +169,26 @@ def _rows(function: Callable[..., Any], keys: _Keys) -> Rows | None:
         if code is leaf:
             return rule(_cells(function), keys)
     return None
+
+
+def _row_window(function: Callable[..., Any]) -> int | None:
+    """The window of a causal mask function, None without one.
+
+    Raises:
+        NotImplementedError: it is more than causality and windows, so it cannot be applied to a tree.
+    """
+    code = getattr(function, "__code__", None)
+    if code is _CAUSAL:
+        return None
+    if code is _WINDOW:
+        window: int = _cells(function)["sliding_window"]
+        return window
+    if code is _AND:
+        windows = [_row_window(part) for part in _cells(function)["mask_functions"]]
+        return min((window for window in windows if window is not None), default=None)
+    raise NotImplementedError(
+        f"merged rows cannot be attended to under mask function {_name(function)}; run this model without share_prompts"
+    )
 
 
 def _intersection(functions: tuple[Callable[..., Any], ...], keys: _Keys) -> Rows | None:

@@ -9,11 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_flashmask.huggingface.tree_mask import TreeMask, TreeRows
+
 from .merge import merge_rows
 from .verify import compare
 
 _RECURRENT = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase, nn.RNNCellBase)
-_ATTENTION = ("full_attention",)
+_ATTENTION = ("full_attention", "sliding_attention")
 
 
 class SharedPrompts:
@@ -125,12 +127,8 @@ def _check(backbone: Any) -> None:
         raise NotImplementedError(f"{name}.forward takes no {missing[0]}, which merged rows need")
     if other := set(getattr(config, "layer_types", None) or _ATTENTION) - set(_ATTENTION):
         raise NotImplementedError(
-            f"{name} has layers of {', '.join(sorted(other))}: a window or a recurrence counts tokens of other "
-            "branches of the tree"
+            f"{name} has layers of {', '.join(sorted(other))}, which would mix tokens of other branches of the tree"
         )
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True):
-        raise NotImplementedError(f"{name} has a sliding window of {window}, which counts tokens of other branches")
     for path, module in backbone.named_modules():
         if isinstance(module, _RECURRENT) or "Mamba" in type(module).__name__:
             raise NotImplementedError(f"{name} mixes neighbouring tokens in {path} ({type(module).__name__})")
@@ -157,7 +155,7 @@ def _run_merged(shared: SharedPrompts | None, stock: Any, given: dict[str, Any])
         **{
             **given,
             "input_ids": rows.input_ids,
-            "attention_mask": rows.mask,
+            "attention_mask": TreeMask(rows.mask.bounds, causal=True, tree_rows=TreeRows(rows.places, rows.real)),
             "position_ids": rows.position_ids,
             "use_cache": False,
         }
