@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hf_flashmask.masks import ColumnMask
@@ -68,7 +69,7 @@ def merge_rows(
     holes = (real != ((at >= first[:, None]) & (at < (first + lengths)[:, None]))).any()
     jumps = (inside & (positions != positions[:, :1] + at)).any()
 
-    order, shared = _sort(tokens, positions, lengths, inside)
+    order, shared = _sort(tokens, positions[:, 0], lengths)
     lengths, tokens, positions = lengths[order], tokens[order], positions[order]
     added = lengths - shared
     start = added.cumsum(0) - added
@@ -107,20 +108,25 @@ def merge_rows(
     )
 
 
-def _sort(tokens: Tensor, positions: Tensor, lengths: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows in lexicographic order, and how many tokens each begins with as the one before it: int64 ``[N]`` both."""
+def _sort(tokens: Tensor, first_position: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in lexicographic order, and how many tokens each begins with as the one before it: int64 ``[N]`` both.
+
+    Positions rise by one along a row (others are refused), so rows at different ones differ from their first token on.
+    """
     n_rows, length = tokens.shape
     common = torch.empty(n_rows, n_rows, dtype=torch.int64, device=tokens.device)
+    # The comparison is all the work. A column in which rows always differ spares asking whether they do anywhere.
+    left, right = (F.pad(tokens, (0, 1), value=end) for end in (0, 1))
     for a, b in row_blocks(n_rows, n_rows * length):
-        differ = (tokens[a:b, None] != tokens) | (positions[a:b, None] != positions)
-        differ |= ~(inside[a:b, None] & inside)
-        common[a:b] = torch.where(differ.any(-1), differ.to(torch.int8).argmax(-1), length)
+        differ = left[a:b, None] != right
+        torch.argmax(differ.view(torch.uint8), -1, out=common[a:b])
+    common = common.minimum(torch.minimum(lengths[:, None], lengths))
+    common.masked_fill_(first_position[:, None] != first_position, 0)
 
-    def following(values: Tensor) -> Tensor:
-        """[i, j]: the value with which row i goes on after what it has in common with row j; -1 at its end."""
-        return torch.where(common < lengths[:, None], values.gather(1, common.clamp(max=length - 1)), -1)
-
-    token, position = following(tokens), following(positions)
+    goes_on = common < lengths[:, None]
+    # [i, j]: what row i goes on with after what it has in common with row j; -1 at its end.
+    token = torch.where(goes_on, tokens.gather(1, common.clamp(max=length - 1)), -1)
+    position = torch.where(goes_on, first_position[:, None], -1)
     row = torch.arange(n_rows, device=tokens.device)
     before = (token < token.T) | ((token == token.T) & (position < position.T))
     before |= (token == token.T) & (position == position.T) & (row[:, None] < row)
