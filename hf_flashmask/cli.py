@@ -83,6 +83,24 @@ def _bench_convergence(args: argparse.Namespace) -> None:
     print("\n" + "\n".join(f"wrote {path}" for path in (args.out, args.plot) if path is not None))
 
 
+def _bench_train(args: argparse.Namespace) -> None:
+    _need(("peft",), "trl")
+    from hf_flashmask.bench import train, train_cases
+
+    names = (
+        "layers", "hidden", "heads", "intermediate", "scale", "steps", "device", "dtype", "out", "time_budget",
+        "commit", "command",
+    )  # fmt: skip
+    with _refusals():
+        setup = train.Setup(
+            cases=tuple(args.cases or train_cases.CASES),
+            methods=tuple(args.methods or train.METHODS),
+            **{name: getattr(args, name) for name in names},
+        )
+        print("\n" + train.run(setup))
+    print(f"\nwrote {args.out}")
+
+
 def _bench_plot(args: argparse.Namespace) -> None:
     _need(("matplotlib",), "bench")
     from hf_flashmask.bench import plots
@@ -173,6 +191,19 @@ def parser() -> argparse.ArgumentParser:
     convergence.add_argument("--plot", type=Path, metavar="PNG", help="also draw the curves")
     _add_origin(convergence, "convergence.csv")
     convergence.set_defaults(run=_bench_convergence)
+
+    train = bench.add_parser("train", help="training steps: DPO, reward, GRPO and packed SFT, against sdpa and flex")
+    train.add_argument("--cases", nargs="+", help="names, default all")
+    train.add_argument("--methods", nargs="+", help="names, default all")
+    train.add_argument("--layers", type=_positive, default=32, help="(%(default)s)")
+    train.add_argument("--hidden", type=_positive, default=4096, help="(%(default)s)")
+    train.add_argument("--heads", type=_positive, default=32, help="(%(default)s)")
+    train.add_argument("--intermediate", type=_positive, default=11008, help="(%(default)s)")
+    train.add_argument("--scale", type=_positive, default=1, help="divides every length (%(default)s)")
+    train.add_argument("--steps", type=_positive, default=3, help="timed steps a method (%(default)s)")
+    train.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(%(default)s)")
+    _add_origin(train, "train.csv")
+    train.set_defaults(run=_bench_train)
 
     table = bench.add_parser("table", help="a Markdown table of what 'kernels' wrote")
     table.add_argument("csv", type=Path)

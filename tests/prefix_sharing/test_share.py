@@ -108,7 +108,8 @@ def test_lora():
 
     eager, ours = (adapted(m) for m in pair("llama"))
     ids, mask = groups("right")
-    with share_prompts(ours):
+    with share_prompts(ours) as shared:
+        assert share_prompts(ours.get_base_model()) is shared
         for model in (eager, ours):
             model.logits = model(ids, attention_mask=mask, use_cache=False).logits
         torch.testing.assert_close(ours.logits[mask.bool()], eager.logits[mask.bool()], rtol=1e-4, atol=1e-5)
