@@ -10,7 +10,7 @@ METHODS = ("sdpa", "flashmask", train.SHARED)
 
 
 def setup(tmp_path, **changes):
-    small = {"layers": 2, "hidden": 64, "heads": 4, "intermediate": 96, "vocab_size": 128, "scale": 128, "steps": 1}
+    small = {"layers": 2, "hidden": 64, "heads": 4, "intermediate": 96, "vocab_size": 8192, "scale": 128, "steps": 1}
     options = {"methods": METHODS, "device": "cpu", "dtype": "float32", "out": tmp_path / "train.csv", **small}
     return train.Setup(**{**options, **changes})
 
