@@ -97,7 +97,8 @@ def _backbone(model: Any) -> Any:
                 raise NotImplementedError(
                     f"adapter {name!r} puts learned tokens before every row, which merged rows cannot have"
                 )
-        whole = whole.get_base_model()
+        # A model inside a PEFT model has a peft_config too.
+        whole = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
     backbone = getattr(whole, getattr(whole, "base_model_prefix", ""), whole)
     if not isinstance(backbone, nn.Module) or not hasattr(backbone, "config"):
         raise TypeError(f"{type(model).__name__} has no backbone that Transformers knows of")
