@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -24,12 +23,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trl")
     tiny("llama", "sdpa").save_pretrained(folder / "model")
     words_tokenizer().save_pretrained(folder / "model")
-    for name, rows in {
-        "preferences": list(preferences()),
-        "texts": [{"text": row["prompt"] + row["chosen"]} for row in preferences()],
-    }.items():
-        (folder / name).mkdir()
-        (folder / name / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "preferences").mkdir()
+    (folder / "preferences" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in preferences()))
     return folder
 
 
@@ -77,11 +72,3 @@ def test_the_flag_arrives_in_the_child(folder):
     code, output = run(folder, child, "kto", *data, "--attn_implementation", "sdpa", "--padding_free", "true")
     assert code != 0
     assert "padding_free=True: LlamaModel has attn_implementation='sdpa'" in output
-
-
-def test_sft(folder):
-    data = ["--dataset_name", str(folder / "texts"), "--packing", "true", "--max_length", "64"]
-    code, output = run(folder, FLASHMASK, "sft", *data, "--attn_implementation", "flashmask", out="sft")
-    assert code == 0, output[-3000:]
-    assert (Path(folder) / "sft" / "model.safetensors").is_file()
-    assert len(logs(folder, "sft")) == 2
