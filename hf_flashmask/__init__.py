@@ -12,20 +12,22 @@ from typing import TYPE_CHECKING, Any
 from . import _register
 
 if TYPE_CHECKING:
+    import hf_flashmask.patches as patches
+
     from . import masks as masks
     from .attention import flashmask_attention as flashmask_attention
     from .masks import ColumnMask as ColumnMask
     from .prefix_sharing import share_prompts as share_prompts
 
 __version__ = "0.1.0"
-__all__ = ["ColumnMask", "__version__", "flashmask_attention", "masks", "share_prompts"]
+__all__ = ["ColumnMask", "__version__", "flashmask_attention", "masks", "patches", "share_prompts"]
 
 _PUBLIC = {"ColumnMask": "masks", "flashmask_attention": "attention", "share_prompts": "prefix_sharing"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "masks":
-        return importlib.import_module("hf_flashmask.masks")
+    if name in ("masks", "patches"):
+        return importlib.import_module(f"hf_flashmask.{name}")
     if name in _PUBLIC:
         return getattr(importlib.import_module(f"hf_flashmask.{_PUBLIC[name]}"), name)
     raise AttributeError(f"module 'hf_flashmask' has no attribute {name!r}")

@@ -28,6 +28,16 @@ def _demo(args: argparse.Namespace) -> None:
     print(f"\nwrote {args.out}")
 
 
+def _trl(args: argparse.Namespace) -> None:
+    _need(("trl", "datasets"), "trl")
+    from hf_flashmask import patches
+
+    with patches.enabled():
+        from trl.cli.main import main as trl
+
+        sys.exit(trl(args.rest))
+
+
 def _bench_cpu(args: argparse.Namespace) -> None:
     from hf_flashmask.bench import cpu
 
@@ -151,6 +161,12 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=_positive, default=16, help="optimizer steps (%(default)s)")
     demo.add_argument("--threads", type=_positive, default=2, help="CPU threads (%(default)s)")
     demo.set_defaults(run=_demo)
+
+    trl = commands.add_parser(
+        "trl", add_help=False, help="TRL's command line with --padding_free true for every trainer: trl dpo ..."
+    )
+    trl.add_argument("rest", nargs=argparse.REMAINDER)
+    trl.set_defaults(run=_trl)
 
     bench = commands.add_parser("bench", help="measurements").add_subparsers(required=True, metavar="what")
     cpu = bench.add_parser("cpu", help="attention on this CPU, packed causal documents, against sdpa")

@@ -117,7 +117,8 @@ def _sort(tokens: Tensor, first_position: Tensor, lengths: Tensor) -> tuple[Tens
     common = torch.empty(n_rows, n_rows, dtype=torch.int64, device=tokens.device)
     # The comparison is all the work. A column in which rows always differ spares asking whether they do anywhere.
     left, right = (F.pad(tokens, (0, 1), value=end) for end in (0, 1))
-    for a, b in row_blocks(n_rows, n_rows * length):
+    # A byte a pair and column, so larger blocks than usual: launches are what takes time.
+    for a, b in row_blocks(n_rows, n_rows * length // 16):
         differ = left[a:b, None] != right
         torch.argmax(differ.view(torch.uint8), -1, out=common[a:b])
     common = common.minimum(torch.minimum(lengths[:, None], lengths))

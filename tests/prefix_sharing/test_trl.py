@@ -1,8 +1,6 @@
-"""TRL's stock trainers over models with shared prompts: the same losses, gradients and metrics."""
+"""share_prompts by hand under TRL's stock code; tests/patches has the trainers with padding_free=True."""
 
 import contextlib
-import copy
-import random
 
 import pytest
 import torch
@@ -11,126 +9,24 @@ from hf_flashmask import share_prompts
 from tests.huggingface.models import tiny
 
 pytest.importorskip("trl")
-from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
+from trl import DPOConfig, DPOTrainer
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    vocab = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", "<unk>"] + [f"w{i}" for i in range(90)])}
-    words = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {name: f"<{name[:3]}>" for name in ("pad_token", "bos_token", "eos_token", "unk_token")}
-    return PreTrainedTokenizerFast(tokenizer_object=words, **special)
+from tests.trl_runs import QUIET, assert_same, assert_shared, preferences, step, words_tokenizer
 
 
-def preferences(n=6):
-    rng = random.Random(0)
-
-    def words(low, high):
-        return "".join(f"w{rng.randrange(90)} " for _ in range(rng.randrange(low, high)))
-
-    rows = [{"prompt": words(6, 20), "chosen": words(2, 9), "rejected": words(2, 9)} for _ in range(n)]
-    return Dataset.from_list(rows)
-
-
-def step(trainer, model):
-    """Loss, gradients and metrics of the first batch."""
-    batch = next(iter(trainer.get_train_dataloader()))
-    model.train()
-    loss = trainer.compute_loss(model, batch)
-    loss.backward()
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return loss.detach(), grads, {name: values[-1] for name, values in trainer._metrics["train"].items()}
-
-
-def assert_same(ours, stock):
-    assert abs(float(ours[0] - stock[0])) <= 1e-6 * max(1.0, abs(float(stock[0])))
-    assert ours[1].keys() == stock[1].keys()
-    for name, wanted in stock[1].items():
-        assert float((ours[1][name] - wanted).norm()) <= 1e-5 * max(1e-2, float(wanted.norm())), name
-    assert ours[2].keys() == stock[2].keys()
-    for name, wanted in stock[2].items():
-        assert ours[2][name] == pytest.approx(wanted, abs=1e-5, rel=1e-5), name
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"loss_type": ["ipo"]},
-        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
-        {"gradient_checkpointing": True, "precompute_ref_log_probs": True},
-        {"max_length": 16, "use_weighting": True},
-    ],
-    ids=str,
-)
-def test_dpo(options, tokenizer, tmp_path):
+def test_dpo(tmp_path):
     def run(implementation, share):
         model, reference = (tiny("llama", implementation, seed=seed) for seed in (0, 1))
         handles = [share_prompts(m) for m in (model, reference)] if share else []
-        arguments = DPOConfig(
-            output_dir=str(tmp_path), per_device_train_batch_size=4, report_to=[], use_cpu=True, bf16=False,
-            disable_tqdm=True, **{"gradient_checkpointing": False, **options},
-        )  # fmt: skip
         trainer = DPOTrainer(
-            model=model, ref_model=reference, args=arguments, train_dataset=preferences(), processing_class=tokenizer
-        )
-        result = step(trainer, model)
-        for handle in handles:
-            assert handle.merged_tokens < 0.8 * handle.rows_tokens
-        return result
-
-    assert_same(run("flashmask", True), run("sdpa", False))
-
-
-def test_reward(tokenizer, tmp_path):
-    rows = preferences().map(lambda row: {side: row["prompt"] + row[side] for side in ("chosen", "rejected")})
-    rows = rows.remove_columns("prompt")
-    base = tiny("llama", "sdpa").config
-
-    def run(implementation, share):
-        config = LlamaConfig(**{**copy.deepcopy(base).to_dict(), "num_labels": 1})
-        config._attn_implementation = implementation
-        torch.manual_seed(0)
-        model = LlamaForSequenceClassification(config)
-        handle = share_prompts(model) if share else None
-        arguments = RewardConfig(
-            output_dir=str(tmp_path), per_device_train_batch_size=4, report_to=[], use_cpu=True, bf16=False,
-            disable_tqdm=True, gradient_checkpointing=False,
-        )  # fmt: skip
-        trainer = RewardTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
-        result = step(trainer, model)
-        assert handle is None or handle.merged_tokens < 0.8 * handle.rows_tokens
-        return result
-
-    assert_same(run("flashmask", True), run("sdpa", False))
-
-
-def test_kto(tokenizer, tmp_path):
-    rows = [
-        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
-        for row in preferences()
-        for side in ("chosen", "rejected")
-    ]
-
-    def run(implementation, share):
-        model, reference = (tiny("llama", implementation, seed=seed) for seed in (0, 1))
-        handles = [share_prompts(m) for m in (model, reference)] if share else []
-        arguments = KTOConfig(
-            output_dir=str(tmp_path), per_device_train_batch_size=8, report_to=[], use_cpu=True, bf16=False,
-            disable_tqdm=True, gradient_checkpointing=False,
-        )  # fmt: skip
-        trainer = KTOTrainer(
-            model=model, ref_model=reference, args=arguments, train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
+            model=model, ref_model=reference, train_dataset=preferences(), processing_class=words_tokenizer(),
+            args=DPOConfig(str(tmp_path), per_device_train_batch_size=4, **QUIET),
         )  # fmt: skip
         result = step(trainer, model)
-        assert all(handle.merged_tokens < handle.rows_tokens for handle in handles)
+        if share:
+            assert_shared(handles)
         return result
 
     assert_same(run("flashmask", True), run("sdpa", False))

@@ -1,0 +1,90 @@
+"""Completions of one prompt stay in one micro-batch, so that it can share the prompt.
+
+GRPO and RLOO score a generation batch as a whole, then shuffle it row by row and split it into micro-batches
+(``_prepare_inputs``, read in TRL 1.16.0), which scatters the completions of a prompt. Here blocks of rows are
+shuffled instead: as many rows as divide both a micro-batch and a group, so that a block is of one prompt and in one
+micro-batch.
+
+The estimator stays what it is. Advantages are made before the shuffle. Every row is in one micro-batch of the
+generation batch, and in any of them with the same probability, as before. Where an optimizer step spans the
+generation batch (``gradient_accumulation_steps`` a multiple of ``steps_per_generation``, as is default) and rows are
+weighted alike (all losses but "bnpo" and the entropy bonus, which average over the tokens of a micro-batch), its
+gradient does not depend on the shuffle at all. Elsewhere only which rows meet in a step changes: siblings do, so
+that its expectation is the same over shuffles, and its variance that of sampling prompts rather than rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .replacing import Replacement, check_parameters
+
+# Rows that stay together; None where the stock shuffle is wanted.
+_block: ContextVar[int | None] = ContextVar("hf_flashmask_block", default=None)
+
+
+def replacements(module: ModuleType, trainer: type) -> Iterator[Replacement]:
+    """For a trainer whose ``_prepare_inputs`` calls ``shuffle_sequence_dict`` of its module.
+
+    Raises:
+        RuntimeError: one of them has other parameters than expected.
+    """
+    prepare, shuffle = trainer._prepare_inputs, module.shuffle_sequence_dict  # type: ignore[attr-defined]
+    check_parameters(prepare, ("self", "generation_batch"))
+    check_parameters(shuffle, ("seq_dict",))
+    yield Replacement(trainer, "_prepare_inputs", _prepare_whole_groups(prepare))
+    yield Replacement(module, "shuffle_sequence_dict", _shuffle_whole_groups(shuffle))
+
+
+def _prepare_whole_groups(stock: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(stock)
+    def _prepare_inputs(self: Any, generation_batch: Any) -> Any:
+        if not getattr(self, "shared_prompts", ()):
+            return stock(self, generation_batch)
+        token = _block.set(math.gcd(self.args.per_device_train_batch_size, self.num_generations))
+        try:
+            return stock(self, generation_batch)
+        finally:
+            _block.reset(token)
+
+    return _prepare_inputs
+
+
+def _shuffle_whole_groups(stock: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(stock)
+    def shuffle_sequence_dict(seq_dict: dict[str, Any]) -> dict[str, Any]:
+        block = _block.get()
+        return stock(seq_dict) if block is None else shuffle_blocks(seq_dict, block)
+
+    return shuffle_sequence_dict
+
+
+def shuffle_blocks(batch: dict[str, Any], block: int) -> dict[str, Any]:
+    """Shuffle blocks of consecutive rows of all values alike. Values without rows (None, 0-d tensors) stay.
+
+    Raises:
+        ValueError: the number of rows is not a multiple of ``block``.
+    """
+    rows = next(len(v) for v in batch.values() if not _has_no_rows(v))
+    if rows % block:
+        raise ValueError(f"batch must have a multiple of {block} rows, got {rows}")
+    order = (torch.randperm(rows // block)[:, None] * block + torch.arange(block)).flatten()
+
+    def permuted(value: Any) -> Any:
+        if _has_no_rows(value):
+            return value
+        return value[order] if isinstance(value, Tensor) else [value[i] for i in order.tolist()]
+
+    return {name: permuted(value) for name, value in batch.items()}
+
+
+def _has_no_rows(value: Any) -> bool:
+    return value is None or (isinstance(value, Tensor) and value.ndim == 0)
