@@ -18,7 +18,7 @@ LAYERS = [
     "hf_flashmask.attention",
     "hf_flashmask.masks",
 ]
-ABOVE_ALL = ["hf_flashmask.bench", "hf_flashmask.cli"]
+ABOVE_ALL = ["hf_flashmask.bench", "hf_flashmask.coverage", "hf_flashmask.cli"]
 
 
 def python(code, **options):
