@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 import inspect
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,7 +56,7 @@ TINY: dict[str, Any] = {
     "shared_expert_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32, "first_k_dense_replace": 1,
     # latent attention and sparse indexers
     "q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
-    "index_n_heads": 2, "index_head_dim": 16, "index_topk": 64,
+    "index_n_heads": 2, "index_head_dim": 16, "index_topk": 4,
     # gemma 3n and 4
     "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128, "laurel_rank": 4, "num_kv_shared_layers": 0,
     "global_head_dim": 16, "num_global_key_value_heads": 2,
@@ -64,6 +67,7 @@ TINY: dict[str, Any] = {
     "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     "lru_width": 64, "attn_layer_period": 2, "attn_layer_offset": 1, "attn_layer_indices": [1, 3],
     "full_attn_idxs": [1, 3],
+    "n_groups": 1, "mamba_n_groups": 1,
     # no randomness
     "attention_dropout": 0.0, "hidden_dropout": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
     "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0, "dropout": 0.0, "activation_dropout": 0.0,
@@ -72,7 +76,7 @@ TINY: dict[str, Any] = {
     "image_size": 32, "patch_size": 8, "num_channels": 3, "in_channels": 3, "in_chans": 3, "depth": 2,
     "embed_dim": 64, "out_hidden_size": 64, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_frames": 4,
     "tubelet_size": 2, "projection_dim": 64, "vision_feature_layer": -1, "mm_tokens_per_image": 4,
-    "mlp_ratio": 2, "vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64,
+    "mlp_ratio": 2.0, "vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64,
     "fullatt_block_indexes": [1], "deepstack_visual_indexes": [1], "num_query_tokens": 4, "depths": [1, 1],
     "num_mel_bins": 16, "encoder_hidden_size": 64, "num_position_embeddings": 64, "position_embedding_size": 16,
     "output_dim": 64,
@@ -84,6 +88,31 @@ TINY: dict[str, Any] = {
     "eoa_token_id": 98, "boa_token_index": 97, "eoa_token_index": 98, "image_start_token_id": 99,
     "image_end_token_id": 100, "video_start_token_id": 101, "video_end_token_id": 102, "vision_token_id": 103,
     "audio_start_token_id": 104, "audio_end_token_id": 105, "mask_token_id": 3, "user_token_id": 106,
+}  # fmt: skip
+
+_HALF_ATTENTION = {"layer_types": ["linear_attention", "full_attention"] * 2}
+_SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+# What single types need beside TINY, also as a part of others.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": _HALF_ATTENTION,
+    "cohere_compass_text": {"rope_parameters": {"sliding_attention": _SECTIONS, "full_attention": _SECTIONS}},
+    "dots1": {"n_shared_experts": 1},
+    "granitemoehybrid": _HALF_ATTENTION,
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "longcat_flash": {"head_dim": 8, "expert_ffn_hidden_size": 32, "zero_expert_num": 2},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"] * 2, "index_block_size": 2, "index_topk_blocks": 2,
+    },
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+    },
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+    },
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
 }  # fmt: skip
 
 # Changes of TINY, and keys left to the configuration's own defaults: tried in turn.
@@ -141,9 +170,20 @@ def candidates(model_type: str) -> Iterator[PretrainedConfig]:
 
 
 def _config(cls: type[PretrainedConfig], values: dict[str, Any]) -> PretrainedConfig:
-    config = cls(**_options(cls, values))
+    values = dict(values)
+    while True:
+        try:
+            config = cls(**_options(cls, values))
+            break
+        except Exception as error:
+            # A value of another type than this configuration wants, e.g. a list: its own default then.
+            wrong = re.search(r"for field '(\w+)'", str(error))
+            if wrong is None or wrong[1] not in values:
+                raise
+            del values[wrong[1]]
     for part in _parts(config):
         _fit_lists(part)
+        _fit_mrope(part)
     return config
 
 
@@ -154,6 +194,7 @@ def _options(cls: type[PretrainedConfig], values: dict[str, Any]) -> dict[str, A
     for base in cls.__mro__:
         known |= set(getattr(base, "__annotations__", {}))
     options = {name: value for name, value in values.items() if name in known}
+    options |= OVERRIDES.get(cls.model_type, {})
     sub_configs = getattr(cls, "sub_configs", None) or {}
     default = _default(cls) if sub_configs else None
     for name, declared in sub_configs.items():
@@ -188,12 +229,25 @@ def _fit_lists(config: PretrainedConfig) -> None:
         if isinstance(layers, int) and given and len(given) != layers:
             different = list(dict.fromkeys(given))
             setattr(config, name, (different * layers)[:layers])
+
+
+def _fit_mrope(config: PretrainedConfig) -> None:
+    """Sections of multi-axis rotary positions that add up to the tiny head dim."""
     ropes = getattr(config, "rope_parameters", None)
-    if isinstance(ropes, dict) and "mrope_section" in ropes:
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        half = int(head_dim * ropes.get("partial_rotary_factor", 1.0)) // 2
+    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    if not isinstance(ropes, dict) or not isinstance(heads, int) or not isinstance(width, int):
+        return
+    source = _modeling_source(type(config))
+    if "mrope_section" in source and not any(isinstance(value, dict) for value in ropes.values()):
+        half = int((getattr(config, "head_dim", None) or width // heads) * ropes.get("partial_rotary_factor", 1.0)) // 2
         side = (half * 3) // 8
         ropes["mrope_section"] = [half - 2 * side, side, side]
+
+
+def _modeling_source(cls: type[PretrainedConfig]) -> str:
+    name = cls.__module__.replace(".configuration_", ".modeling_")
+    spec = importlib.util.find_spec(name)
+    return Path(spec.origin).read_text() if spec is not None and spec.origin else ""
 
 
 def build(config: PretrainedConfig, kind: str, implementation: str) -> PreTrainedModel:

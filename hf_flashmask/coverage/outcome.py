@@ -25,7 +25,8 @@ STATUSES = {
 
 @dataclass
 class Row:
-    """A model type. Cases: ok, n/a, refused, leaks as eager, mismatch, error; all but ok with a reason behind a colon."""
+    """A model type. Its cases are ok, n/a, refused, as sdpa, leaks as eager, mismatch or error; all but ok with a
+    reason behind a colon."""
 
     kind: str
     type: str

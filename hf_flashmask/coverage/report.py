@@ -66,10 +66,11 @@ def markdown(rows: Sequence[Row], command: str) -> str:
         *(f"- **{status}**: {meaning}." for status, meaning in STATUSES.items()),
         "",
         "Cases: left and right padding; `packed`, two documents in one row (images in one row for towers) against",
-        "eager on each alone, with and without a cache; `mask4d`, an additive mask of questions and answers that do not see each other;",
-        "`dynamic` and `static`, greedy decoding behind padding, tokens and scores, through the cache whose kinds of",
-        "layers stand in `cache`; `gradient`, of every parameter. `-` does not apply, `~` leaks as eager does,",
-        "`refused` raises an error that says why. Reasons of every cell are in the CSV file of the same name.",
+        "eager on each alone, with and without a cache; `mask4d`, an additive mask of questions and answers that do",
+        "not see each other; `dynamic` and `static`, greedy decoding behind padding, tokens and scores, through the",
+        "cache whose kinds of layers stand in `cache`; `gradient`, of every parameter. `-` does not apply, `~` leaks",
+        "as eager does, `sdpa` equals sdpa where padding reaches recurrent layers, `refused` raises an error that",
+        "says why. Reasons of every cell are in the CSV file of the same name.",
         "",
     ]
     for kind in dict.fromkeys(row.kind for row in rows):
@@ -92,7 +93,7 @@ def markdown(rows: Sequence[Row], command: str) -> str:
 
 def _short(cell: str) -> str:
     word = cell.partition(":")[0]
-    return {"": "-", "n/a": "-", "leaks as eager": "~"}.get(word, word)
+    return {"": "-", "n/a": "-", "leaks as eager": "~", "as sdpa": "sdpa"}.get(word, word)
 
 
 def _escape(text: str) -> str:

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from .outcome import FAILED, Row
 
+COMMAND = (sys.executable, "-m", "hf_flashmask.coverage.worker")
 START_SECONDS = 300.0
 
 
@@ -42,9 +43,9 @@ class _Worker:
             return Row(kind, model_type, FAILED, reason)
 
     def _start(self) -> None:
-        self._errors = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "hf_flashmask.coverage.worker"],
+            COMMAND,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -1,4 +1,4 @@
-"""A process that checks the types named on its stdin, one JSON row a line on stdout. ``run.py`` starts and watches it."""
+"""A process that checks the types named on its stdin and writes a JSON row a line; ``run.py`` starts and watches it."""
 
 from __future__ import annotations
 
