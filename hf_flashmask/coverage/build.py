@@ -103,6 +103,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "minimax_m3_vl_text": {
         "layer_types": ["full_attention", "minimax_m3_sparse"] * 2, "index_block_size": 2, "index_topk_blocks": 2,
     },
+    "exaone4_5_vision": {"window_size": 32},
+    "qwen2_5_omni_vision_encoder": {"window_size": 32},
+    "qwen2_5_vl_vision": {"window_size": 32},
     "qwen4_exp_text": {
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
         "indexer_compress_ratio": 4,

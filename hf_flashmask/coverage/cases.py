@@ -140,7 +140,8 @@ def _images(model: PreTrainedModel, which: slice = slice(None)) -> Given:
     shape: tuple[int, ...] = (2, channels, height, width)
     if getattr(config, "num_frames", None):
         shape = (2, config.num_frames, channels, height, width)
-    return {model.main_input_name: torch.randn(*shape, generator=generator)}
+    name = "pixel_values" if _takes(model, "pixel_values") else model.main_input_name
+    return {name: torch.randn(*shape, generator=generator)}
 
 
 def _output(result: Any) -> Tensor:

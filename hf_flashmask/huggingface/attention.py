@@ -20,6 +20,7 @@ _NO_EFFECT = frozenset(
     {
         "cache_position",
         "fused_lm_head",
+        "grid_thw",  # LFM3-VL; the images are told apart by cu_seq_lens beside it
         "is_first_forward",
         "labels",
         "layer_idx",
