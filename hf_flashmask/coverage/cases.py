@@ -218,7 +218,7 @@ def _run(row: Row, pair: _Pair) -> None:
         try:
             cell = case(pair)
             if cell.startswith("mismatch") and name in ("left", "dynamic", "static"):
-                cell = _behind_padding(case, cell)
+                cell = _behind_padding(pair, case, cell)
         except _NotHere as reason:
             cell = f"n/a: {sentence(reason)}"
         except Exception as error:
@@ -328,11 +328,13 @@ def _generate(pair: _Pair, **options: Any) -> str:
         "output_logits": True,
         **options,
     }
+    eager: Any = pair.eager
+    flash: Any = pair.flash
     try:
-        expected: Any = pair.eager.generate(**given)
+        expected = eager.generate(**given)
     except Exception as error:
         raise _NotHere(f"eager fails: {sentence(error)}") from error
-    actual: Any = pair.flash.generate(**given)
+    actual = flash.generate(**given)
     if not torch.equal(actual.sequences, expected.sequences):
         return "mismatch: other tokens"
     return _verdict(_difference(torch.stack(actual.logits), torch.stack(expected.logits)))
@@ -369,8 +371,15 @@ def _gradient(pair: _Pair) -> str:
         got = actual[name]
         if wanted is None and got is None:
             continue
-        # What has a gradient in one of them only has none in the other.
-        wanted = torch.zeros_like(got) if wanted is None else wanted
-        got = torch.zeros_like(wanted) if got is None else got
-        worst = max(worst, float(torch.dist(got, wanted)) / max(float(torch.linalg.vector_norm(wanted)), floor))
+        # None beside a gradient counts as zero.
+        off = float(torch.linalg.vector_norm(_minus(got, wanted)))
+        worst = max(worst, off / max(0.0 if wanted is None else float(torch.linalg.vector_norm(wanted)), floor))
     return _verdict(worst, GRADIENT_TOLERANCE)
+
+
+def _minus(a: Tensor | None, b: Tensor | None) -> Tensor:
+    if a is None or b is None:
+        present = b if a is None else a
+        assert present is not None
+        return present
+    return a - b
