@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+# Of coverage.build, which loads Transformers.
+KINDS = ("causal", "seq2seq", "masked", "multimodal", "vision", "tower")
 
 
 def _need(packages: Sequence[str], extra: str) -> None:
@@ -128,6 +132,28 @@ def _bench_table(args: argparse.Namespace) -> None:
         print(kernels.markdown(records.read(args.csv), args.head_dim, other=args.peer))
 
 
+def _check(args: argparse.Namespace) -> None:
+    from hf_flashmask.coverage import build, report, run
+
+    known = [(kind, name) for kind in args.kinds or build.KINDS for name in build.model_types(kind)]
+    unknown = sorted(set(args.models) - {name for _, name in known})
+    if unknown:
+        sys.exit(
+            f"flashmask: this Transformers has no model type {', '.join(unknown)} among {args.kinds or 'all kinds'}"
+        )
+    wanted = [pair for pair in known if not args.models or pair[1] in args.models]
+    progress = functools.partial(print, file=sys.stderr, flush=True)
+    rows = run.run(wanted, jobs=args.jobs, timeout=args.timeout, progress=progress)
+    print("\n" + report.summary(rows))
+    if args.out is not None:
+        report.write_csv(rows, args.out)
+        text = args.out.with_suffix(".md")
+        text.write_text(report.markdown(rows, args.command))
+        print(f"\nwrote {args.out} and {text}")
+    if args.against is not None and (losses := report.lost(report.read_csv(args.against), rows)):
+        sys.exit("\nflashmask: lost since " + str(args.against) + ":\n" + "\n".join(losses))
+
+
 def _common(args: argparse.Namespace) -> dict[str, Any]:
     names = ("out", "backend", "device", "time_budget", "commit")
     return {name: getattr(args, name) for name in names} | {"plugins": tuple(args.plugin), "command": args.command}
@@ -167,6 +193,8 @@ def parser() -> argparse.ArgumentParser:
     )
     trl.add_argument("rest", nargs=argparse.REMAINDER)
     trl.set_defaults(run=_trl)
+
+    _add_check(commands)
 
     bench = commands.add_parser("bench", help="measurements").add_subparsers(required=True, metavar="what")
     cpu = bench.add_parser("cpu", help="attention on this CPU, packed causal documents, against sdpa")
@@ -232,6 +260,17 @@ def parser() -> argparse.ArgumentParser:
     plot.add_argument("--out", type=Path, help="picture to write (the CSV's name with .png)")
     plot.set_defaults(run=_bench_plot)
     return top
+
+
+def _add_check(commands: Any) -> None:
+    check = commands.add_parser("check", help="flashmask against eager, on tiny random models of every model type")
+    check.add_argument("--models", nargs="*", required=True, metavar="TYPE", help="model types, default all")
+    check.add_argument("--kinds", nargs="+", choices=KINDS, help="default all")
+    check.add_argument("--jobs", type=_positive, default=2, help="processes (%(default)s)")
+    check.add_argument("--timeout", type=float, default=120.0, help="seconds a type (%(default)s)")
+    check.add_argument("--out", type=Path, metavar="CSV", help="table to write, and the same in Markdown beside it")
+    check.add_argument("--against", type=Path, metavar="CSV", help="an earlier table: fail if an ok of it is lost")
+    check.set_defaults(run=_check)
 
 
 def _add_common(command: argparse.ArgumentParser, out: str) -> None:

@@ -21,6 +21,7 @@ _NO_EFFECT = frozenset(
     {
         "cache_position",
         "fused_lm_head",
+        "grid_thw",  # LFM3-VL; the images are told apart by cu_seq_lens beside it
         "is_first_forward",
         "labels",
         "layer_idx",
@@ -101,7 +102,8 @@ def flashmask_attention_forward(
     elif isinstance(attention_mask, ColumnMask):
         mask = attention_mask
     elif isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
-        mask = _from_dense(attention_mask)
+        # A mask of keys only, [B, 1, 1, Sk], is for every query.
+        mask = _from_dense(attention_mask.expand(-1, -1, q_len, -1) if attention_mask.shape[2] == 1 else attention_mask)
     else:
         shape = f" of shape {tuple(attention_mask.shape)}" if isinstance(attention_mask, Tensor) else ""
         raise TypeError(

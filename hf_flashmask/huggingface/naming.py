@@ -66,19 +66,52 @@ def install() -> None:
         PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation  # type: ignore[method-assign]
 
 
+COMPUTES_ITSELF = "it computes attention itself instead of asking Transformers' attention interface"
+# What a model's source does with attention that no registered function can serve, and what to say of it.
+_REASONS = (
+    (
+        r"attention_mask\[:, 0(, :, :)?\],\n",
+        "it attends to keys that an indexer selects from a dense mask, and puts them into that mask",
+    ),
+    (
+        r"_CLASSES\[\w+(\.\w+)*\._attn_implementation\]",
+        "it picks its attention class by name from a list of its own",
+    ),
+    (
+        r"visible_token_indices = attention_mask if attention_mask\.dtype == torch\.bool",
+        "it attends to keys that an indexer selects from a dense mask, and puts them into that mask",
+    ),
+    (r"attn_mask = self\.prepare_dynamic_mask\(", "it computes part of its mask from the values"),
+    (r"attention_mask = torch\.cat\(\[attention_mask, block_bias", "it appends compressed keys behind its mask"),
+    (r"precomputed for all layers in BigBirdPegasusModel", "part of it adds the mask to scores of its own"),
+    (r"torch\.cat\(\s*\[self_attn_mask_mapping", "it joins two masks into one by itself"),
+    (r"padding_mask\[:, :, -1, :\]", "its experts read padding from a dense mask"),
+)
+
+
 def unsupported(model_class: type) -> str | None:
-    """Why a model class cannot run flashmask, or None. The rule is Transformers' own: its source has attention modules
-    and none asks the attention interface."""
+    """Why a model class cannot run flashmask, or None. Judged by its source: whether its attention modules ask the
+    attention interface (Transformers' own rule), and whether it takes masks apart that only tensors can be."""
     module = sys.modules.get(model_class.__module__)
     try:
         source = inspect.getsource(module) if module is not None else ""
     except (OSError, TypeError):  # a notebook or a frozen program: no source to judge by
         source = ""
     own = re.search(r"^class \w*Attention\w*\(nn\.Module\):", source, re.MULTILINE)
-    if not own or "ALL_ATTENTION_FUNCTIONS" in source:
+    if not own:
         return None
+    if "ALL_ATTENTION_FUNCTIONS" not in source:
+        reason = COMPUTES_ITSELF
+    else:
+        # A vision tower makes no mask to take apart: there, only its choice of attention classes counts.
+        tower = "Vision" in model_class.__name__
+        reasons = [(p, text) for p, text in _REASONS if not tower or "_CLASSES" in p]
+        found = next((text for pattern, text in reasons if re.search(pattern, source)), None)
+        if found is None:
+            return None
+        reason = found
     return (
-        f'{model_class.__name__} does not support attn_implementation="{NAME}": it computes attention itself instead '
-        "of asking Transformers' attention interface. Use attn_implementation='eager' or 'sdpa' for it; in a composite "
+        f'{model_class.__name__} does not support attn_implementation="{NAME}": {reason}. '
+        "Use attn_implementation='eager' or 'sdpa' for it; in a composite "
         "model give each part its own, e.g. attn_implementation={'text_config': 'flashmask', 'vision_config': 'sdpa'}"
     )

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from hf_flashmask.coverage.build import candidates
 from tests.huggingface.models import tokens
 
 ENCODERS = {
@@ -88,3 +89,26 @@ def test_vision_towers_keep_images_apart():
     close(both, features(towers["eager"], patches, grid))
     first = features(towers["flashmask"], patches[:16], grid[:1])
     close(both[: first.shape[0]], first)
+
+
+@torch.no_grad()
+def test_masks_of_keys_only():
+    """LayoutLM hands its layers [B, 1, 1, S]: the same keys for every query."""
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CONFIG_MAPPING["layoutlm"](vocab_size=100, **small)
+    eager, ours = build(config, "eager"), build(config, "flashmask")
+    ids = tokens(2, 12)
+    keep = torch.ones_like(ids)
+    keep[1, -5:] = 0
+    expected = eager(ids, attention_mask=keep).last_hidden_state
+    close(ours(ids, attention_mask=keep).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("model_type", ["doge", "deepseek_v32", "nllb-moe", "git"])
+def test_models_that_take_masks_apart_are_refused(model_type):
+    """Their masks must be tensors, or their attention classes are picked by name: said when the model is made."""
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"this Transformers has no {model_type}")
+    config = next(candidates(model_type))
+    with pytest.raises(NotImplementedError, match='does not support attn_implementation="flashmask"'):
+        AutoModel.from_config(config, attn_implementation="flashmask")

@@ -1,0 +1,1 @@
+"""Every model type of the installed Transformers, tiny and random: flashmask against eager. ``flashmask check``."""
