@@ -125,8 +125,8 @@ class Ours(Autograd):
         super().__init__(attend, (case.q, case.k, case.v), case.do)
         self.mask_bytes = _nbytes([case.mask.bounds])
         self.prepare: Callable[[], Any] | None = None
-        if case.backend == "triton":
-            module = importlib.import_module("hf_flashmask.attention.triton")
+        if case.backend in ("triton", "hopper"):
+            module = importlib.import_module(f"hf_flashmask.attention.{case.backend}")
 
             def prepare() -> int:
                 # Bounds of its own every time: what was planned for some bounds is remembered.
