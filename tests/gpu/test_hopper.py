@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_flashmask import ColumnMask, flashmask_attention, masks
+from hf_flashmask.attention.backends import HOPPER_AUTO_LENGTH, choose
 from tests.attention.test_oracle import built
 from tests.attention.triton_checks import compare, poison
 from tests.helpers import random_mask
@@ -203,3 +204,15 @@ def test_refusals():
         attend(q, k[:, :, :1].expand(k.shape), v, mask)
     with pytest.raises(NotImplementedError, match="multiples of 8 up to 128, got 256 and 256"):
         attend(*qkv(mask, d=256), mask)
+
+
+def test_auto_takes_them_where_they_are_faster():
+    for n, d, expected in (
+        (HOPPER_AUTO_LENGTH, 128, "hopper"),
+        (HOPPER_AUTO_LENGTH, 64, "triton"),
+        (300, 128, "triton"),
+    ):
+        q, k, v = qkv(document(n), heads=2, d=d)
+        assert choose("auto", q, k, v) == expected
+        assert choose("hopper", q, k, v) == "hopper"
+        assert choose("auto", q, k[:, :, :1].expand(k.shape), v) == "triton"
