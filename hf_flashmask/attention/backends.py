@@ -61,6 +61,8 @@ def _hopper_obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return "needs Triton 3.6 or newer with Gluon, which is not installed"
     if q.device.type != "cuda" or _capability(q.device) != (9, 0):
         return f"serves compute capability 9.0 (Hopper), got {_name(q)}"
+    if _interpreted():
+        return "does not run in Triton's interpreter (TRITON_INTERPRET=1)"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"serves float16 and bfloat16, got {q.dtype}"
     d, dv = q.shape[3], v.shape[3]
@@ -110,7 +112,10 @@ def _has_triton() -> bool:
 
 @functools.cache
 def _has_gluon() -> bool:
-    return _has_triton() and importlib.util.find_spec("triton.experimental.gluon.nvidia.hopper") is not None
+    try:
+        return importlib.util.find_spec("triton.experimental.gluon.nvidia.hopper") is not None
+    except ModuleNotFoundError:  # what a name with no such parent raises
+        return False
 
 
 def _interpreted() -> bool:
