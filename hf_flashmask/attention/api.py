@@ -66,8 +66,9 @@ def flashmask_attention(
         sinks: ``[Hq]``, one more logit a head that takes weight and gives no value, as in gpt-oss.
         return_lse: also return ``lse``, float32 ``[B, Hq, Sq]`` (float64 for float64), the log of the softmax
             denominator, sinks included; differentiable.
-        backend: "auto", "triton" (GPUs; 16-bit or float32, head dims up to 256), "torch" (any device) or "reference"
-            (dense, for tests). An explicit choice is never replaced by another; "auto" takes Triton where it serves.
+        backend: "auto", "hopper" (compute capability 9.0; 16-bit, head dims up to 128, a faster forward), "triton"
+            (GPUs; 16-bit or float32, head dims up to 256), "torch" (any device) or "reference" (dense, for tests). An
+            explicit choice is never replaced by another; "auto" takes the one measured to be the fastest that serves.
         deterministic: refuse kernels whose gradients may differ in the last bits from run to run. Those of all present
             backends never do, so this changes nothing today.
 

@@ -12,32 +12,77 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "reference", "torch", "triton")
+BACKENDS = ("auto", "reference", "torch", "triton", "hopper")
 # Wider tiles do not fit into registers.
 TRITON_MAX_HEAD_DIM = 256
+HOPPER_MAX_HEAD_DIM = 128
+HOPPER_AUTO_LENGTH = 8192
 
 
-def choose(backend: str, q: Tensor, v: Tensor) -> str:
-    """The backend that serves checked inputs when "auto", "torch" or "triton" is asked for: "torch" or "triton".
+def choose(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
+    """The backend that serves checked inputs when any but "reference" is asked for: "torch", "triton" or "hopper".
 
     The same for the same inputs, so that a backward gets what its forward got.
 
     Raises:
-        NotImplementedError: "triton" was asked for and cannot serve the inputs.
+        NotImplementedError: the one asked for cannot serve the inputs.
     """
-    if backend == "triton":
-        obstacle = _triton_obstacle(q, v)
+    if backend in ("triton", "hopper"):
+        obstacle = _triton_obstacle(q, v) if backend == "triton" else _hopper_obstacle(q, k, v)
         if obstacle is not None:
-            raise NotImplementedError(f"backend='triton' {obstacle}; use backend='auto' or 'torch'")
+            raise NotImplementedError(f"backend='{backend}' {obstacle}; use backend='auto' or 'torch'")
         return backend
     if backend == "torch" or q.device.type == "cpu":
         return "torch"
     obstacle = _triton_obstacle(q, v)
-    if obstacle is None:
-        _say_once(logging.INFO, f"flashmask: the Triton kernels serve {_name(q)}")
-        return "triton"
-    _say_once(logging.WARNING, f"flashmask: plain PyTorch (backend='torch') serves, since backend='triton' {obstacle}")
-    return "torch"
+    if obstacle is not None:
+        _say_once(
+            logging.WARNING, f"flashmask: plain PyTorch (backend='torch') serves, since backend='triton' {obstacle}"
+        )
+        return "torch"
+    if _hopper_pays(q, v) and _hopper_obstacle(q, k, v) is None:
+        _say_once(logging.INFO, f"flashmask: the Hopper kernels serve {_name(q)}")
+        return "hopper"
+    _say_once(logging.INFO, f"flashmask: the Triton kernels serve {_name(q)}")
+    return "triton"
+
+
+def _hopper_pays(q: Tensor, v: Tensor) -> bool:
+    """Where the Hopper kernels were measured and are faster than the portable ones (H200, Triton 3.6, 8K tokens).
+
+    At head dim 128 forwards are 1.07 to 1.5 times as fast; at 64 they are level, and below launching decides.
+    """
+    return q.shape[3] == v.shape[3] == 128 and q.shape[1] >= HOPPER_AUTO_LENGTH
+
+
+def _hopper_obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the Hopper kernels cannot serve, or None."""
+    if not _has_gluon():
+        return "needs Triton 3.6 or newer with Gluon, which is not installed"
+    if q.device.type != "cuda" or _capability(q.device) != (9, 0):
+        return f"serves compute capability 9.0 (Hopper), got {_name(q)}"
+    if _interpreted():
+        return "does not run in Triton's interpreter (TRITON_INTERPRET=1)"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"serves float16 and bfloat16, got {q.dtype}"
+    d, dv = q.shape[3], v.shape[3]
+    if max(d, dv) > HOPPER_MAX_HEAD_DIM or d % 8 or dv % 8:
+        return f"serves head dims that are multiples of 8 up to {HOPPER_MAX_HEAD_DIM}, got {d} and {dv}"
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not describable(t):
+            return (
+                f"needs {name} aligned to 16 bytes in every stride and with no broadcast dimension, got strides "
+                f"{t.stride()}; {name}.contiguous() helps"
+            )
+    return None
+
+
+def describable(t: Tensor) -> bool:
+    """Whether a TMA descriptor can address a tensor ``[B, S, H, D]``: 16-byte alignment, no broadcast dimension."""
+    strides = [t.stride(d) * t.element_size() for d in range(3) if t.shape[d] > 1]
+    return (
+        t.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides) and t.shape[3] * t.element_size() >= 16
+    )
 
 
 def _triton_obstacle(q: Tensor, v: Tensor) -> str | None:
@@ -63,6 +108,14 @@ def _triton_obstacle(q: Tensor, v: Tensor) -> str | None:
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _has_gluon() -> bool:
+    try:
+        return importlib.util.find_spec("triton.experimental.gluon.nvidia.hopper") is not None
+    except ModuleNotFoundError:  # what a name with no such parent raises
+        return False
 
 
 def _interpreted() -> bool:

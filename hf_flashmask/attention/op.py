@@ -17,11 +17,15 @@ from hf_flashmask.masks import ColumnMask
 
 from .backends import choose
 
-_MODULES = {"torch": "hf_flashmask.attention.torch_blocks", "triton": "hf_flashmask.attention.triton"}
+_MODULES = {
+    "torch": "hf_flashmask.attention.torch_blocks",
+    "triton": "hf_flashmask.attention.triton",
+    "hopper": "hf_flashmask.attention.hopper",
+}
 
 
-def _backend(name: str, q: Tensor, v: Tensor) -> ModuleType:
-    return importlib.import_module(_MODULES[choose(name, q, v)])
+def _backend(name: str, q: Tensor, k: Tensor, v: Tensor) -> ModuleType:
+    return importlib.import_module(_MODULES[choose(name, q, k, v)])
 
 
 @torch.library.custom_op("hf_flashmask::attention", mutates_args=())
@@ -39,7 +43,7 @@ def attention(
     mask = ColumnMask(bounds, causal=causal, q_len=q.shape[1])
     # The caller chose the dtypes; autocast must not lower the arithmetic inside.
     with torch.autocast(q.device.type, enabled=False):
-        out, lse = _backend(backend, q, v).forward(q, k, v, mask, softmax_scale, softcap, sinks)
+        out, lse = _backend(backend, q, k, v).forward(q, k, v, mask, softmax_scale, softcap, sinks)
     return out, lse
 
 
@@ -71,7 +75,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mask = ColumnMask(bounds, causal=causal, q_len=q.shape[1])
     with torch.autocast(q.device.type, enabled=False):
-        dq, dk, dv, dsinks = _backend(backend, q, v).backward(
+        dq, dk, dv, dsinks = _backend(backend, q, k, v).backward(
             do, dlse, q, k, v, out, lse, mask, softmax_scale, softcap, sinks
         )
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks

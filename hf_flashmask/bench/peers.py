@@ -6,6 +6,7 @@ or None where the kernel has no such mask.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -125,8 +126,8 @@ class Ours(Autograd):
         super().__init__(attend, (case.q, case.k, case.v), case.do)
         self.mask_bytes = _nbytes([case.mask.bounds])
         self.prepare: Callable[[], Any] | None = None
-        if case.backend == "triton":
-            module = importlib.import_module("hf_flashmask.attention.triton")
+        if case.backend in ("triton", "hopper"):
+            module = importlib.import_module(f"hf_flashmask.attention.{case.backend}")
 
             def prepare() -> int:
                 # Bounds of its own every time: what was planned for some bounds is remembered.
@@ -187,8 +188,15 @@ def _nbytes(parts: Sequence[Any]) -> int:
     return sum(t.numel() * t.element_size() for t in parts if isinstance(t, Tensor))
 
 
+def _hopper(case: KernelCase) -> Peer | None:
+    """Ours again, through Hopper's own kernels; none on other devices."""
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability(case.q.device) == (9, 0)
+    return Ours(dataclasses.replace(case, backend="hopper")) if hopper else None
+
+
 BUILT_IN: dict[str, Make] = {
     "flashmask": Ours,
+    "flashmask_hopper": _hopper,
     "flex": Flex,
     "sdpa_flash": functools.partial(_sdpa, "FLASH_ATTENTION"),
     "sdpa_cudnn": functools.partial(_sdpa, "CUDNN_ATTENTION"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_flashmask import ColumnMask, flashmask_attention, masks
+from hf_flashmask.attention import backends
 
 
 def qkv(batch=2, q_len=8, kv_len=8, heads=4, kv_heads=2, d=16, dtype=torch.float32):
@@ -103,3 +104,12 @@ def test_triton_is_never_replaced(options, obstacle, monkeypatch):
     with pytest.raises(NotImplementedError, match=f"backend='triton' {obstacle}; use backend='auto' or 'torch'"):
         attend(*qkv(**options), masks.causal(8), backend="triton")
     attend(*qkv(**options), masks.causal(8), backend="auto")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the triton package")
+def test_hopper_is_never_replaced(monkeypatch):
+    with pytest.raises(NotImplementedError, match="backend='hopper' serves compute capability 9.0 .Hopper., got cpu"):
+        attend(*qkv(), masks.causal(8), backend="hopper")
+    monkeypatch.setattr(backends, "_has_gluon", lambda: False)
+    with pytest.raises(NotImplementedError, match="backend='hopper' needs Triton 3.6 or newer with Gluon"):
+        attend(*qkv(), masks.causal(8), backend="hopper")

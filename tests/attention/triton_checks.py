@@ -32,7 +32,8 @@ def row_error(actual, expected):
 
 
 def compare(mask, *, heads=4, kv_heads=4, batch=2, d=16, dv=16, softcap=None, sinks=False, dlse=False, scale=None,
-            dtype=torch.float32, device="cpu", transposed=False, scores=1.0, tol=None, grad_tol=None):  # fmt: skip
+            dtype=torch.float32, device="cpu", transposed=False, scores=1.0, tol=None, grad_tol=None,
+            backend="triton"):  # fmt: skip
     """Output, lse and the gradient of every input against dense attention in float64.
 
     ``transposed``: inputs and the output's gradient are views of [B, H, S, D] memory. ``scores`` scales q.
@@ -65,7 +66,7 @@ def compare(mask, *, heads=4, kv_heads=4, batch=2, d=16, dv=16, softcap=None, si
             gradients.append(dl.to(lse.dtype).masked_fill(lse == -torch.inf, 0.0))
         return out, lse, torch.autograd.grad([out, lse][: len(gradients)], tensors, gradients)
 
-    out, lse, grads = run(inputs, "triton")
+    out, lse, grads = run(inputs, backend)
     expected, expected_lse, expected_grads = run([t.detach().double().requires_grad_() for t in inputs], "reference")
     assert out.dtype == dtype
     assert out.shape == expected.shape

@@ -66,7 +66,9 @@ def dq_kernel(
 
     These are lse in powers of two, and delta = rowsum(out * do) - dlse; ``stats_len`` is whole blocks.
     """
-    block_m, b, h, mask = find_work(order, lines, heads_total, heads, 1, mask_stride, mask_heads, HEAD_GROUP)
+    block_m, b, h, mask = find_work(
+        tl.program_id(0), order, lines, heads_total, heads, 1, mask_stride, mask_heads, HEAD_GROUP
+    )
     h_kv = h // group
     diagonal = kv_len - q_len
     m0 = block_m * BLOCK_M
@@ -153,7 +155,9 @@ def dkdv_kernel(
 
     ``heads`` and ``heads_total`` count key heads here; ``mask_heads`` query heads, as everywhere.
     """
-    block_n, b, h_kv, _ = find_work(order, lines, heads_total, heads, group, mask_stride, mask_heads, HEAD_GROUP)
+    block_n, b, h_kv, _ = find_work(
+        tl.program_id(0), order, lines, heads_total, heads, group, mask_stride, mask_heads, HEAD_GROUP
+    )
     diagonal = kv_len - q_len
     n0 = block_n * BLOCK_N
     n = n0 + tl.arange(0, BLOCK_N)[:, None]

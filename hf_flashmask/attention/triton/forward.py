@@ -67,7 +67,9 @@ def forward_kernel(
     two; with SOFTCAP they are first ``tanh(scores * cap_scale)``. ``heads_total`` is B times ``heads``, ``group`` the
     query heads of a key head; the mask of (b, h) is ``b * mask_stride + h // mask_heads``.
     """
-    block_m, b, h, mask = find_work(order, lines, heads_total, heads, 1, mask_stride, mask_heads, HEAD_GROUP)
+    block_m, b, h, mask = find_work(
+        tl.program_id(0), order, lines, heads_total, heads, 1, mask_stride, mask_heads, HEAD_GROUP
+    )
     h_kv = h // group
     diagonal = kv_len - q_len
     m0 = block_m * BLOCK_M

@@ -10,6 +10,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from hf_flashmask.attention.backends import describable
 from hf_flashmask.attention.plan import TileList, cached
 from hf_flashmask.attention.sinks import sink_gradient
 from hf_flashmask.masks import ColumnMask
@@ -24,16 +25,14 @@ _LOG2E = 1.4426950408889634
 BOUNDS_BLOCK = 128
 
 
-def tile_list(mask: ColumnMask, config: Config, kernel: str) -> TileList:
+def tile_list(mask: ColumnMask, block_m: int, block_n: int, *, by_columns: bool) -> TileList:
     """The list that a kernel walks, made once a mask: all layers and recomputations share it."""
-    shape = (config.block_m, config.block_n)
-    by_columns = kernel == "dkdv"
 
     def build() -> TileList:
         with torch.cuda.device_of(mask.bounds):
-            return plan.build(mask, *shape, by_columns=by_columns)
+            return plan.build(mask, block_m, block_n, by_columns=by_columns)
 
-    return cached(mask, ("tiles", *shape, by_columns), build)
+    return cached(mask, ("tiles", block_m, block_n, by_columns), build)
 
 
 def padded_bounds(mask: ColumnMask) -> Tensor:
@@ -50,7 +49,7 @@ def plan_bytes(mask: ColumnMask, head_dim: int, head_dim_v: int, dtype: torch.dt
     size = 0 if bounds.data_ptr() == mask.bounds.data_ptr() else bounds.nbytes
     for kernel in ("forward", "dq", "dkdv"):
         config = configs.candidates(kernel, *_device(mask.device), head_dim, head_dim_v, dtype.itemsize)[0]
-        size += tile_list(mask, config, kernel).nbytes
+        size += tile_list(mask, config.block_m, config.block_n, by_columns=kernel == "dkdv").nbytes
     return size
 
 
@@ -58,7 +57,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: ColumnMask, softmax_scale: float, softcap: float, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """q ``[B, Sq, Hq, D]``, k ``[B, Sk, Hkv, D]``, v ``[B, Sk, Hkv, Dv]`` to out ``[B, Sq, Hq, Dv]`` and lse."""
-    q, softmax_scale = _positive_scale(q, softmax_scale)
+    q, softmax_scale = positive_scale(q, softmax_scale)
     batch, q_len, heads_q, _ = q.shape
     out = q.new_empty(batch, q_len, heads_q, v.shape[3])
     lse = q.new_empty(batch, heads_q, q_len, dtype=torch.float32)
@@ -85,7 +84,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and sinks, in their shapes and dtypes; the same bits run after run."""
     given_scale = softmax_scale
-    q, softmax_scale = _positive_scale(q, softmax_scale)
+    q, softmax_scale = positive_scale(q, softmax_scale)
     do = do if do.stride(-1) == 1 else do.contiguous()
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     stats_len = triton.cdiv(q.shape[1], BOUNDS_BLOCK) * BOUNDS_BLOCK
@@ -103,7 +102,7 @@ def backward(
     return dq, dk, dv, dsinks
 
 
-def _positive_scale(q: Tensor, softmax_scale: float) -> tuple[Tensor, float]:
+def positive_scale(q: Tensor, softmax_scale: float) -> tuple[Tensor, float]:
     """The kernels scale after taking a maximum, so a sign goes into q; zero too."""
     if softmax_scale > 0:
         return q, softmax_scale
@@ -135,7 +134,7 @@ class _Case:
             vectors: its other tensors.
         """
         capability, room = _device(self.device)
-        tma = configs.uses_tma(capability, self.dtype.itemsize) and all(_describable(t) for t in tiles.values())
+        tma = configs.uses_tma(capability, self.dtype.itemsize) and all(describable(t) for t in tiles.values())
         choices = configs.candidates(name, capability, room, self.head_dim, self.head_dim_v, self.dtype.itemsize)
         for i, config in enumerate(choices):
             try:
@@ -160,7 +159,7 @@ class _Case:
         flags: dict[str, bool],
     ) -> None:
         by_columns = name == "dkdv"
-        lists = tile_list(self.mask, config, name)
+        lists = tile_list(self.mask, config.block_m, config.block_n, by_columns=by_columns)
         heads = self.heads_kv if by_columns else self.heads_q
         masks_b, masks_h = self.mask.shape[:2]
         arguments: dict[str, Any] = {}
@@ -219,14 +218,6 @@ def _device(device: torch.device) -> tuple[tuple[int, int], int]:
     if torch.version.hip:
         return (0, 0), 65536
     return (properties.major, properties.minor), properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-
-
-def _describable(t: Tensor) -> bool:
-    """Whether a TMA descriptor can address it: 16-byte alignment everywhere, no broadcast dimension."""
-    strides = [t.stride(d) * t.element_size() for d in range(3) if t.shape[d] > 1]
-    return (
-        t.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides) and t.shape[3] * t.element_size() >= 16
-    )
 
 
 def _descriptor(t: Tensor, rows: int) -> TensorDescriptor:

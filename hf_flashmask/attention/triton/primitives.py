@@ -105,14 +105,13 @@ def hide(x, hidden, m, n, m0, n0, b0, b1, b2, b3, diagonal, CAUSAL: tl.constexpr
 
 
 @triton.jit
-def find_work(order, lines, heads_total, heads, group, mask_stride, mask_heads, HEAD_GROUP: tl.constexpr):
-    """(line, b, h, mask) of this program: a block of rows or columns of a head.
+def find_work(pid, order, lines, heads_total, heads, group, mask_stride, mask_heads, HEAD_GROUP: tl.constexpr):
+    """(line, b, h, mask) of program ``pid``: a block of rows or columns of a head.
 
     ``heads`` are those that programs are for, each standing for ``group`` query heads. HEAD_GROUP heads at a time, so
     that what they read stays in L2; within a group the heaviest lines of all its heads go first, so that the last
     programs are short.
     """
-    pid = tl.program_id(0)
     first = pid // (HEAD_GROUP * lines) * HEAD_GROUP
     size = tl.minimum(HEAD_GROUP, heads_total - first)
     rank = (pid - first * lines) // size

@@ -1,0 +1,218 @@
+"""The Hopper kernels on a Hopper GPU, against dense attention in float64 and against themselves.
+
+What does not depend on the kernels (plans, captured graphs, models) is tested in ``test_triton.py``.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_flashmask import ColumnMask, flashmask_attention, masks
+from hf_flashmask.attention.backends import HOPPER_AUTO_LENGTH, choose
+from tests.attention.test_oracle import built
+from tests.attention.triton_checks import compare, poison
+from tests.helpers import random_mask
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+
+BF16 = torch.bfloat16
+KINDS = [(True, 1), (True, 2), (False, 2), (False, 4)]
+
+
+def check(mask, **options):
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch)
+        compare(mask, **{"dtype": BF16, "d": 64, "dv": 64, "device": "cuda", "backend": "hopper", **options})
+
+
+def document(n):
+    return masks.causal_document(lengths=[n // 3, 1, n - n // 3 - 1] if n > 4 else [n])
+
+
+def qkv(mask, heads=4, kv_heads=2, d=64, batch=1, dtype=BF16):
+    lengths = ((mask.q_len, heads), (mask.kv_len, kv_heads), (mask.kv_len, kv_heads))
+    return [torch.randn(batch, n, h, d, dtype=dtype, device="cuda") for n, h in lengths]
+
+
+def attend(q, k, v, mask, **options):
+    return flashmask_attention(q, k, v, mask, backend="hopper", return_lse=True, **options)
+
+
+@pytest.mark.parametrize("name", list(built(8)))
+def test_every_builder(name):
+    for n, d in ((61, 64), (500, 128)):
+        mask = built(n)[name]
+        for part in (mask, mask[:, :, n // 2 :], mask[:, :, :, : 2 * n // 3]):
+            check(part, kv_heads=2 if mask.shape[1] == 2 else 4, d=d, dv=d)
+
+
+VARIANTS = [
+    (BF16, 128, 128, {"transposed": True}),
+    (BF16, 128, 128, {"softcap": 5.0, "sinks": True, "dlse": True}),
+    (BF16, 96, 96, {}),
+    (BF16, 72, 80, {"sinks": True}),
+    (BF16, 24, 40, {"dlse": True}),
+    (torch.float16, 64, 64, {"softcap": 5.0}),
+    (torch.float16, 128, 128, {"scale": -0.1}),
+]
+
+
+@pytest.mark.parametrize(("dtype", "d", "dv", "features"), VARIANTS)
+def test_dtypes_head_dims_and_features(dtype, d, dv, features):
+    for causal, vectors in KINDS:
+        mask = random_mask(257, 511, causal=causal, vectors=vectors, batch=2, heads=2)
+        check(mask, kv_heads=2, dtype=dtype, d=d, dv=dv, **features)
+    check(document(1000), kv_heads=1, dtype=dtype, d=d, dv=dv, **features)
+
+
+@pytest.mark.parametrize("n", [1, 2, 15, 63, 64, 65, 127, 128, 129, 191, 257, 383, 511, 640, 1001, 2113, 4097])
+def test_lengths(n):
+    for d in (64, 128):
+        check(document(n), batch=1, kv_heads=2, d=d, dv=d)
+        check(document(n)[:, :, n - max(1, n // 3) :], batch=2, kv_heads=1, d=d, dv=d)
+
+
+def test_masks_a_head():
+    for (causal, vectors), heads in zip(KINDS, (4, 2, 4, 2), strict=True):
+        check(random_mask(200, 330, causal=causal, vectors=vectors, batch=2, heads=heads), kv_heads=2)
+        check(random_mask(200, 330, causal=causal, vectors=vectors, heads=heads), kv_heads=2, batch=3)
+
+
+def test_rows_and_columns_that_see_nothing():
+    mask = masks.document(lengths=[500])
+    bounds = mask.bounds.clone()
+    bounds[..., 1, :] = 300  # rows before 300 are hidden everywhere
+    bounds[..., 0, 128:256] = 0  # and these columns from all
+    check(ColumnMask(bounds, causal=False))
+    everything = ColumnMask(torch.zeros(1, 1, 1, 500, dtype=torch.int32), causal=True)
+    out, lse = attend(*qkv(everything), everything.to("cuda"))
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
+
+
+def test_bounds_of_any_value():
+    lowest, highest = -(2**31), 2**31 - 1
+    values = torch.tensor([lowest, -1, 0, 77, 300, highest], dtype=torch.int32)
+    for causal, vectors in KINDS:
+        index = torch.randint(0, 6, (1, 1, vectors, 300), generator=torch.Generator().manual_seed(0))
+        check(ColumnMask(values[index], causal=causal))
+
+
+def test_hidden_tiles_are_not_read():
+    mask = masks.causal_document(lengths=[256, 300]).to("cuda")
+    q, k, v = qkv(mask)
+    expected = attend(q, k, v, mask)
+    k[:, :256], v[:, :256] = torch.nan, torch.nan
+    out, lse = attend(q, k, v, mask)
+    assert torch.equal(out[:, 256:], expected[0][:, 256:])
+    assert torch.equal(lse[..., 256:], expected[1][..., 256:])
+
+
+@st.composite
+def arbitrary(draw):
+    causal, vectors = draw(st.sampled_from(KINDS))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    q_len, kv_len = draw(st.integers(1, 900)), draw(st.integers(1, 900))
+    heads, kv_heads = draw(st.sampled_from([(1, 1), (4, 4), (4, 2), (3, 1)]))
+    batch = draw(st.integers(1, 3))
+    shape = {"batch": draw(st.sampled_from([1, batch])), "heads": draw(st.sampled_from([1, kv_heads, heads]))}
+    mask = random_mask(q_len, kv_len, causal=causal, vectors=vectors, generator=generator, **shape)
+    # Neighbours that share their bounds make hidden and full tiles.
+    together = draw(st.sampled_from([1, 40, 200]))
+    bounds = mask.bounds[..., torch.arange(kv_len) // together * together]
+    options = {"heads": heads, "kv_heads": kv_heads, "batch": batch, "transposed": draw(st.booleans())}
+    options["d"] = options["dv"] = draw(st.sampled_from([64, 128]))
+    return ColumnMask(bounds.contiguous(), causal=causal, q_len=q_len), options
+
+
+@settings(max_examples=100, deadline=None)
+@given(arbitrary())
+def test_random_bounds(case):
+    mask, options = case
+    check(mask, **options)
+
+
+def test_races():
+    """Hundreds of launches over random masks and lengths, each three times: the same bits, whatever the timing."""
+    generator = torch.Generator().manual_seed(0)
+    for i in range(200):
+        n = int(torch.randint(1, 3000, (), generator=generator))
+        causal, vectors = KINDS[i % 4]
+        mask = random_mask(n, n, causal=causal, vectors=vectors, generator=generator)
+        together = (1, 64, 300)[i % 3]
+        bounds = mask.bounds[..., torch.arange(n) // together * together].contiguous()
+        mask = ColumnMask(bounds, causal=causal, q_len=n).to("cuda")
+        tensors = qkv(mask, 16, 4, (64, 128)[i % 2], batch=2)
+        first = attend(*tensors, mask)
+        assert all(t.isnan().sum() == 0 for t in first)
+        for _ in range(2):
+            assert all(torch.equal(a, b) for a, b in zip(first, attend(*tensors, mask), strict=True))
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_the_same_bits_every_time(d):
+    mask = document(1500).to("cuda")
+    tensors = [t.requires_grad_() for t in qkv(mask, d=d)]
+
+    def run():
+        # A new mask, so lists are made anew.
+        out, lse = attend(*tensors, mask.clone())
+        return out, lse, *torch.autograd.grad(out.float().square().sum(), tensors)
+
+    first = run()
+    for _ in range(20):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+def test_graphs_replay():
+    mask = document(1000).to("cuda")
+    tensors = qkv(mask)
+    attend(*tensors, mask)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attend(*tensors, mask)
+    for _ in range(3):
+        for t in tensors:
+            t.normal_()
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, attend(*tensors, mask), strict=True))
+
+
+def test_lengths_and_heads_compile_nothing_new():
+    from hf_flashmask.attention.hopper.launch import forward_kernel
+
+    def run(n, batch=1, heads=4, kv_heads=2):
+        mask = document(n).to("cuda")
+        attend(*qkv(mask, heads, kv_heads, batch=batch), mask)
+        return len(forward_kernel.device_caches[torch.cuda.current_device()][0])
+
+    before = run(200)
+    assert before
+    for case in ((1,), (2,), (128,), (1000,), (160, 1, 1, 1), (160, 2, 16, 16), (160, 3, 3, 1)):
+        assert run(*case) == before
+
+
+def test_refusals():
+    mask = document(300).to("cuda")
+    q, k, v = qkv(mask)
+    with pytest.raises(NotImplementedError, match="backend='hopper' serves float16 and bfloat16, got torch.float32"):
+        attend(q.float(), k.float(), v.float(), mask)
+    with pytest.raises(NotImplementedError, match="backend='hopper' needs k aligned to 16 bytes.*k.contiguous"):
+        attend(q, k[:, :, :1].expand(k.shape), v, mask)
+    with pytest.raises(NotImplementedError, match="multiples of 8 up to 128, got 256 and 256"):
+        attend(*qkv(mask, d=256), mask)
+
+
+def test_auto_takes_them_where_they_are_faster():
+    for n, d, expected in (
+        (HOPPER_AUTO_LENGTH, 128, "hopper"),
+        (HOPPER_AUTO_LENGTH, 64, "triton"),
+        (300, 128, "triton"),
+    ):
+        q, k, v = qkv(document(n), heads=2, d=d)
+        assert choose("auto", q, k, v) == expected
+        assert choose("hopper", q, k, v) == "hopper"
+        assert choose("auto", q, k[:, :, :1].expand(k.shape), v) == "triton"
