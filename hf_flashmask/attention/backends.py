@@ -48,7 +48,7 @@ def choose(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
 
 
 def _hopper_pays(q: Tensor, v: Tensor) -> bool:
-    """Where the Hopper kernels were measured and are faster than the portable ones (H200, Triton 3.6, 4K and 8K tokens).
+    """Where the Hopper kernels were measured to be faster than the portable ones (H200, Triton 3.6, 4K and 8K tokens).
 
     At head dim 128 forwards are 1.07 to 1.5 times as fast; at 64 they are level or slower, 2K tokens are mixed.
     """
