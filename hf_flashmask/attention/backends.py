@@ -16,7 +16,7 @@ BACKENDS = ("auto", "reference", "torch", "triton", "hopper")
 # Wider tiles do not fit into registers.
 TRITON_MAX_HEAD_DIM = 256
 HOPPER_MAX_HEAD_DIM = 128
-HOPPER_AUTO_LENGTH = 8192
+HOPPER_AUTO_LENGTH = 4096
 
 
 def choose(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
@@ -48,9 +48,9 @@ def choose(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
 
 
 def _hopper_pays(q: Tensor, v: Tensor) -> bool:
-    """Where the Hopper kernels were measured and are faster than the portable ones (H200, Triton 3.6, 8K tokens).
+    """Where the Hopper kernels were measured to be faster than the portable ones (H200, Triton 3.6, 4K and 8K tokens).
 
-    At head dim 128 forwards are 1.07 to 1.5 times as fast; at 64 they are level, and below launching decides.
+    At head dim 128 forwards are 1.07 to 1.5 times as fast; at 64 they are level or slower, 2K tokens are mixed.
     """
     return q.shape[3] == v.shape[3] == 128 and q.shape[1] >= HOPPER_AUTO_LENGTH
 
