@@ -14,9 +14,11 @@ pytest.importorskip("trl")
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
+from trl import KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
+
+from tests.prefix_sharing.trainers import dpo_trainer
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +73,9 @@ def assert_same(ours, stock):
 )
 def test_dpo(options, tokenizer, tmp_path):
     def run(implementation, share):
-        model, reference = (tiny("llama", implementation, seed=seed) for seed in (0, 1))
-        handles = [share_prompts(m) for m in (model, reference)] if share else []
-        arguments = DPOConfig(
-            output_dir=str(tmp_path), per_device_train_batch_size=4, report_to=[], use_cpu=True, bf16=False,
-            disable_tqdm=True, **{"gradient_checkpointing": False, **options},
-        )  # fmt: skip
-        trainer = DPOTrainer(
-            model=model, ref_model=reference, args=arguments, train_dataset=preferences(), processing_class=tokenizer
-        )
-        result = step(trainer, model)
+        pair = [tiny("llama", implementation, seed=seed) for seed in (0, 1)]
+        trainer, handles = dpo_trainer(*pair, preferences(), tokenizer, tmp_path, share=share, **options)
+        result = step(trainer, pair[0])
         for handle in handles:
             assert handle.merged_tokens < 0.8 * handle.rows_tokens
         return result
