@@ -130,8 +130,8 @@ def test_wheel_and_sdist_hold_everything(tmp_path):
     for name, path in modules():
         inside = name.replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py")
         assert inside in held
-    for extra in ("hf_flashmask/py.typed", "hf_flashmask/data/gsm8k_extract.jsonl", "hf_flashmask/data/GSM8K_LICENSE"):
-        assert extra in held
+    for extra in ("py.typed", "data/gsm8k_extract.jsonl", "data/gsm8k_pairs.jsonl", "data/GSM8K_LICENSE"):
+        assert f"hf_flashmask/{extra}" in held
     assert any(n.endswith("licenses/LICENSE") for n in held)
     target = tmp_path / "site"
     subprocess.run(
@@ -142,8 +142,8 @@ def test_wheel_and_sdist_hold_everything(tmp_path):
     where = python(
         f"import sys; sys.path.insert(0, {str(target)!r})\n"
         "import hf_flashmask, hf_flashmask.patches\n"
-        "from hf_flashmask.bench.demo import texts\n"
-        "assert len(texts()) > 100\n"
+        "from hf_flashmask.bench.demo import preferences, texts\n"
+        "assert len(texts()) > 100 and len(preferences()) > 100\n"
         "print(hf_flashmask.patches.__file__)",
         cwd=tmp_path,
     )

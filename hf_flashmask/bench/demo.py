@@ -55,9 +55,30 @@ FLASHMASK, ONE_BY_ONE, DENSE = ("flashmask", False), ("eager", True), ("sdpa", F
 
 def texts() -> list[str]:
     """GSM8K problems with their solutions (MIT licence, beside the data)."""
-    path = resources.files("hf_flashmask") / "data" / "gsm8k_extract.jsonl"
-    items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [f"Question: {item['question']}\nAnswer: {item['answer']}" for item in items]
+    return [f"Question: {item['question']}\nAnswer: {item['answer']}" for item in _items("gsm8k_extract.jsonl")]
+
+
+def preferences() -> list[dict[str, str]]:
+    """GSM8K problems with a right and a wrong solution each, as DPO's prompt, chosen and rejected.
+
+    The solutions are those that GSM8K's authors sampled from their models and rated
+    (``example_model_solutions.jsonl``; MIT licence, beside the data); of each problem the first right and wrong one.
+    The first 160 problems with both whose question has at least three quarters of the longer solution's characters,
+    and at most 560 together with it.
+    """
+    return [
+        {
+            "prompt": f"Question: {item['question']}\nAnswer:",
+            "chosen": f" {item['chosen']}",
+            "rejected": f" {item['rejected']}",
+        }
+        for item in _items("gsm8k_pairs.jsonl")
+    ]
+
+
+def _items(name: str) -> list[dict[str, str]]:
+    path = resources.files("hf_flashmask") / "data" / name
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def train_tokenizer(corpus: list[str], vocab_size: int) -> Any:

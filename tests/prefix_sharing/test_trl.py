@@ -9,21 +9,17 @@ from hf_flashmask import share_prompts
 from tests.huggingface.models import tiny
 
 pytest.importorskip("trl")
-from trl import DPOConfig, DPOTrainer
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from tests.trl_runs import QUIET, assert_same, assert_shared, preferences, step, words_tokenizer
+from tests.prefix_sharing.trainers import dpo_trainer
+from tests.trl_runs import assert_same, assert_shared, preferences, step, words_tokenizer
 
 
 def test_dpo(tmp_path):
     def run(implementation, share):
         model, reference = (tiny("llama", implementation, seed=seed) for seed in (0, 1))
-        handles = [share_prompts(m) for m in (model, reference)] if share else []
-        trainer = DPOTrainer(
-            model=model, ref_model=reference, train_dataset=preferences(), processing_class=words_tokenizer(),
-            args=DPOConfig(str(tmp_path), per_device_train_batch_size=4, **QUIET),
-        )  # fmt: skip
+        trainer, handles = dpo_trainer(model, reference, preferences(), words_tokenizer(), tmp_path, share=share)
         result = step(trainer, model)
         if share:
             assert_shared(handles)
