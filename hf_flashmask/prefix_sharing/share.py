@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from types import TracebackType
 from typing import Any
 
@@ -26,6 +27,9 @@ class SharedPrompts:
 
     def __init__(self, backbone: Any, unverified: bool = False) -> None:
         self._backbone = backbone
+        # A bound method (which deepcopy binds to the copy), or what another library put on the instance.
+        self._stock = backbone.forward
+        self._on_instance = "forward" in backbone.__dict__
         self._unverified = unverified
         self.rows_tokens = 0
         self.merged_tokens = 0
@@ -34,6 +38,21 @@ class SharedPrompts:
         """The stock forward again. Does nothing the second time."""
         if self._backbone.__dict__.get("_hf_flashmask_shared") is self:
             del self._backbone.forward, self._backbone._hf_flashmask_shared
+            if self._on_instance:
+                self._backbone.forward = self._stock
+
+    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        stock = self._stock
+        signature = inspect.signature(stock)
+        others = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
+        given = dict(signature.bind(*args, **kwargs).arguments)
+        given |= given.pop(others, {})
+        if given.get("past_key_values") is not None or given.get("use_cache"):
+            return stock(*args, **kwargs)
+        if self._unverified:
+            self._unverified = False
+            compare(self._backbone, lambda: stock(*args, **kwargs), lambda: _run_merged(None, stock, given), given)
+        return _run_merged(self, stock, given)
 
     def __enter__(self) -> SharedPrompts:
         return self
@@ -69,22 +88,13 @@ def share_prompts(model: nn.Module, *, verify: str | None = None) -> SharedPromp
         return existing
     _check(backbone)
     shared = SharedPrompts(backbone, unverified=verify is not None)
-    stock = backbone.forward
-    signature = inspect.signature(stock)
-    others = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
 
-    @functools.wraps(stock)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        given = dict(signature.bind(*args, **kwargs).arguments)
-        given |= given.pop(others, {})
-        if given.get("past_key_values") is not None or given.get("use_cache"):
-            return stock(*args, **kwargs)
-        if shared._unverified:
-            shared._unverified = False
-            compare(backbone, lambda: stock(*args, **kwargs), lambda: _run_merged(None, stock, given), given)
-        return _run_merged(shared, stock, given)
+    @functools.wraps(type(backbone).forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._hf_flashmask_shared._forward(args, kwargs)
 
-    backbone.forward = forward
+    # A method, so that a deep copy of the model computes with the copy's parameters.
+    backbone.forward = types.MethodType(forward, backbone)
     backbone._hf_flashmask_shared = shared
     return shared
 

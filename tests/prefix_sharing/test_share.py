@@ -1,5 +1,8 @@
 """Whole models with shared prompts against themselves without: hidden states, losses, every gradient."""
 
+import copy
+import functools
+
 import pytest
 import torch
 
@@ -140,6 +143,43 @@ def test_generation_is_as_before_and_undo_undoes():
     shared.undo()
     assert backbone.forward == stock
     assert share_prompts(ours) is not shared
+
+
+def test_a_copy_computes_with_its_own_parameters():
+    ours = tiny("llama", "flashmask")
+    ids, mask = groups("right")
+    shared = share_prompts(ours)
+    copied = copy.deepcopy(ours)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.mul_(1.1)
+    hidden = copied.model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+    assert shared.merged_tokens == 0
+    own = copied.model._hf_flashmask_shared
+    assert own is not shared
+    assert own.merged_tokens > 0
+    own.undo()
+    expected = copied.model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+    torch.testing.assert_close(hidden[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-5)
+    assert share_prompts(ours) is shared
+
+
+def test_undo_keeps_what_stood_on_the_instance():
+    ours = tiny("llama", "flashmask")
+    calls, stock = [], ours.model.forward
+
+    @functools.wraps(stock)
+    def hooked(*args, **kwargs):
+        calls.append(1)
+        return stock(*args, **kwargs)
+
+    ours.model.forward = hooked
+    ids, mask = groups("right")
+    with share_prompts(ours) as shared:
+        ours(ids, attention_mask=mask, use_cache=False)
+        assert len(calls) == 1
+        assert shared.merged_tokens > 0
+    assert ours.model.forward is hooked
 
 
 @pytest.mark.parametrize(
