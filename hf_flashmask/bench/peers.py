@@ -190,7 +190,7 @@ def _nbytes(parts: Sequence[Any]) -> int:
 
 def _hopper(case: KernelCase) -> Peer | None:
     """Ours again, through Hopper's own kernels; none on other devices."""
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability(case.q.device) == (9, 0)
+    hopper = case.q.device.type == "cuda" and torch.cuda.get_device_capability(case.q.device) == (9, 0)
     return Ours(dataclasses.replace(case, backend="hopper")) if hopper else None
 
 

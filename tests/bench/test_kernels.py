@@ -186,12 +186,13 @@ def test_refusals(tmp_path, plugin):
 
 
 def test_sdpa_and_flex_are_peers_of_the_masks_they_have():
-    assert list(peers.load()) == ["flashmask", "flex", "sdpa_flash", "sdpa_cudnn"]
+    assert list(peers.load()) == ["flashmask", "flashmask_hopper", "flex", "sdpa_flash", "sdpa_cudnn"]
     q, k, v, do = kernels.random_inputs((1, 64, 1, 16), "cpu")
     for name in kernel_masks.MASKS:
         spec = kernel_masks.build(name, 64)
         case = peers.KernelCase(spec, spec.mask, q, k, v, do, "torch")
         assert (peers.BUILT_IN["sdpa_flash"](case) is not None) == (name in ("full", "causal"))
+        assert peers.BUILT_IN["flashmask_hopper"](case) is None  # no such GPU
 
 
 def test_environment_names_commit_and_versions():
