@@ -20,7 +20,7 @@ from . import accuracy, kernel_masks
 from .clock import Clock
 from .measure import table
 from .peers import KernelCase, Make, Peer, load
-from .records import ENVIRONMENT, Log, Refusal, environment
+from .records import ENVIRONMENT, Log, Refusal, environment, failure
 
 # FLOPs of a visible pair and head, in units of the head dim: 2 products forward, 5 backward.
 FLOPS = {"fwd": 4.0, "bwd": 10.0}
@@ -73,8 +73,7 @@ class _Entry:
         try:
             step()
         except Exception as error:
-            text = " ".join(str(error).split())[:300]
-            self.note |= dict.fromkeys(passes, f"{type(error).__name__}: {text}" if text else type(error).__name__)
+            self.note |= dict.fromkeys(passes, failure(error))
 
 
 def run(setup: Setup) -> str:

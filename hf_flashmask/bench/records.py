@@ -75,6 +75,12 @@ class Log:
             csv.DictWriter(file, self._columns).writerows(rows)
 
 
+def failure(error: Exception) -> str:
+    """An error as the note of a measurement: its type and message, on one line."""
+    text = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def read(path: Path) -> list[dict[str, str]]:
     """Rows of a CSV file.
 

@@ -23,7 +23,7 @@ from hf_flashmask.prefix_sharing import share_prompts
 
 from .kernels import release
 from .measure import table
-from .records import ENVIRONMENT, Log, Refusal, environment
+from .records import ENVIRONMENT, Log, Refusal, environment, failure
 from .train_cases import CASES, Case, Step
 
 COLUMNS = (
@@ -159,8 +159,7 @@ def _attempt(setup: Setup, entry: _Entry, model: Any, step: Step, keep_gradient:
     try:
         _step(setup, entry, model, step, keep_gradient)
     except Exception as error:
-        text = " ".join(str(error).split())[:200]
-        entry.note = f"{type(error).__name__}: {text}"
+        entry.note = failure(error)
     for parameter in model.parameters():
         parameter.grad = None
     if entry.note:

@@ -30,6 +30,9 @@ class SharedPrompts:
         # A bound method (which deepcopy binds to the copy), or what another library put on the instance.
         self._stock = backbone.forward
         self._on_instance = "forward" in backbone.__dict__
+        self._signature = inspect.signature(self._stock)
+        parameters = self._signature.parameters.values()
+        self._others = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), "")
         self._unverified = unverified
         self.rows_tokens = 0
         self.merged_tokens = 0
@@ -43,10 +46,8 @@ class SharedPrompts:
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         stock = self._stock
-        signature = inspect.signature(stock)
-        others = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
-        given = dict(signature.bind(*args, **kwargs).arguments)
-        given |= given.pop(others, {})
+        given = dict(self._signature.bind(*args, **kwargs).arguments)
+        given |= given.pop(self._others, {})
         if given.get("past_key_values") is not None or given.get("use_cache"):
             return stock(*args, **kwargs)
         if self._unverified:

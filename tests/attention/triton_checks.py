@@ -1,8 +1,13 @@
 """What the tests of the Triton kernels share, in the interpreter and on a GPU."""
 
 import torch
+from hypothesis import strategies as st
 
-from hf_flashmask import flashmask_attention
+from hf_flashmask import ColumnMask, flashmask_attention, masks
+from tests.helpers import random_mask
+
+# (causal, bound vectors)
+KINDS = [(True, 1), (True, 2), (False, 2), (False, 4)]
 
 # Largest error of a row, forward and backward: some 16-bit roundings of the weights, a few of float32.
 TOLERANCE = {torch.bfloat16: (1e-2, 3e-2), torch.float16: (2e-3, 5e-3), torch.float32: (1e-5, 1e-4)}
@@ -140,3 +145,29 @@ def check_plan(mask, block_m, block_n):
     expected = expected_states(mask, block_m, block_n)
     rows = check_list(plan.build(mask, block_m, block_n, by_columns=False), expected)
     return rows + check_list(plan.build(mask, block_m, block_n, by_columns=True), expected.transpose(1, 2))
+
+
+def document(n):
+    return masks.causal_document(lengths=[n // 3, 1, n - n // 3 - 1] if n > 4 else [n])
+
+
+def qkv(mask, heads=4, kv_heads=2, d=64, batch=1, dtype=torch.bfloat16, grad=True):
+    lengths = ((mask.q_len, heads), (mask.kv_len, kv_heads), (mask.kv_len, kv_heads))
+    return [torch.randn(batch, n, h, d, dtype=dtype, device="cuda", requires_grad=grad) for n, h in lengths]
+
+
+@st.composite
+def arbitrary(draw, longest):
+    """(a mask of up to ``longest`` rows and columns, heads, batch and layout that it goes with)."""
+    causal, vectors = draw(st.sampled_from(KINDS))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    q_len, kv_len = draw(st.integers(1, longest)), draw(st.integers(1, longest))
+    heads, kv_heads = draw(st.sampled_from([(1, 1), (4, 4), (4, 2), (3, 1)]))
+    batch = draw(st.integers(1, 3))
+    shape = {"batch": draw(st.sampled_from([1, batch])), "heads": draw(st.sampled_from([1, kv_heads, heads]))}
+    mask = random_mask(q_len, kv_len, causal=causal, vectors=vectors, generator=generator, **shape)
+    # Neighbours that share their bounds make hidden and full tiles.
+    together = draw(st.sampled_from([1, 40, 200]))
+    bounds = mask.bounds[..., torch.arange(kv_len) // together * together]
+    options = {"heads": heads, "kv_heads": kv_heads, "batch": batch, "transposed": draw(st.booleans())}
+    return ColumnMask(bounds.contiguous(), causal=causal, q_len=q_len), options

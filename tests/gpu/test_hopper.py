@@ -3,6 +3,8 @@
 What does not depend on the kernels (plans, captured graphs, models) is tested in ``test_triton.py``.
 """
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +13,8 @@ from hypothesis import strategies as st
 from hf_flashmask import ColumnMask, flashmask_attention, masks
 from hf_flashmask.attention.backends import HOPPER_AUTO_LENGTH, choose
 from tests.attention.test_oracle import built
-from tests.attention.triton_checks import compare, poison
+from tests.attention.triton_checks import KINDS, arbitrary, compare, document, poison
+from tests.attention.triton_checks import qkv as any_qkv
 from tests.helpers import random_mask
 
 pytestmark = pytest.mark.skipif(
@@ -19,22 +22,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 BF16 = torch.bfloat16
-KINDS = [(True, 1), (True, 2), (False, 2), (False, 4)]
+qkv = functools.partial(any_qkv, grad=False)
 
 
 def check(mask, **options):
     with pytest.MonkeyPatch.context() as patch:
         poison(patch)
         compare(mask, **{"dtype": BF16, "d": 64, "dv": 64, "device": "cuda", "backend": "hopper", **options})
-
-
-def document(n):
-    return masks.causal_document(lengths=[n // 3, 1, n - n // 3 - 1] if n > 4 else [n])
-
-
-def qkv(mask, heads=4, kv_heads=2, d=64, batch=1, dtype=BF16):
-    lengths = ((mask.q_len, heads), (mask.kv_len, kv_heads), (mask.kv_len, kv_heads))
-    return [torch.randn(batch, n, h, d, dtype=dtype, device="cuda") for n, h in lengths]
 
 
 def attend(q, k, v, mask, **options):
@@ -111,28 +105,11 @@ def test_hidden_tiles_are_not_read():
     assert torch.equal(lse[..., 256:], expected[1][..., 256:])
 
 
-@st.composite
-def arbitrary(draw):
-    causal, vectors = draw(st.sampled_from(KINDS))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    q_len, kv_len = draw(st.integers(1, 900)), draw(st.integers(1, 900))
-    heads, kv_heads = draw(st.sampled_from([(1, 1), (4, 4), (4, 2), (3, 1)]))
-    batch = draw(st.integers(1, 3))
-    shape = {"batch": draw(st.sampled_from([1, batch])), "heads": draw(st.sampled_from([1, kv_heads, heads]))}
-    mask = random_mask(q_len, kv_len, causal=causal, vectors=vectors, generator=generator, **shape)
-    # Neighbours that share their bounds make hidden and full tiles.
-    together = draw(st.sampled_from([1, 40, 200]))
-    bounds = mask.bounds[..., torch.arange(kv_len) // together * together]
-    options = {"heads": heads, "kv_heads": kv_heads, "batch": batch, "transposed": draw(st.booleans())}
-    options["d"] = options["dv"] = draw(st.sampled_from([64, 128]))
-    return ColumnMask(bounds.contiguous(), causal=causal, q_len=q_len), options
-
-
 @settings(max_examples=100, deadline=None)
-@given(arbitrary())
-def test_random_bounds(case):
+@given(arbitrary(longest=900), st.sampled_from([64, 128]))
+def test_random_bounds(case, d):
     mask, options = case
-    check(mask, **options)
+    check(mask, d=d, dv=d, **options)
 
 
 def test_races():

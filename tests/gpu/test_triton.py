@@ -10,12 +10,11 @@ import importlib.util
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from hf_flashmask import ColumnMask, flashmask_attention, masks
 from hf_flashmask.attention import op
 from tests.attention.test_oracle import built
-from tests.attention.triton_checks import check_list, check_plan, compare, poison, row_error
+from tests.attention.triton_checks import arbitrary, check_list, check_plan, compare, document, poison, qkv, row_error
 from tests.helpers import random_mask
 from tests.huggingface.models import tiny, tokens
 
@@ -36,16 +35,6 @@ def check(mask, **options):
     with pytest.MonkeyPatch.context() as patch:
         poison(patch)
         compare(mask, **{"dtype": BF16, "d": 64, "dv": 64, "device": "cuda", **features, **options})
-
-
-def document(n):
-    cut = [n // 3, 1, n - n // 3 - 1] if n > 4 else [n]
-    return masks.causal_document(lengths=cut)
-
-
-def qkv(mask, heads=4, kv_heads=2, d=64, batch=1, dtype=BF16, grad=True):
-    lengths = ((mask.q_len, heads), (mask.kv_len, kv_heads), (mask.kv_len, kv_heads))
-    return [torch.randn(batch, n, h, d, dtype=dtype, device="cuda", requires_grad=grad) for n, h in lengths]
 
 
 def attend(q, k, v, mask, **options):
@@ -109,24 +98,8 @@ def test_masks_a_head():
         check(random_mask(200, 230, causal=causal, vectors=vectors, heads=heads), kv_heads=2, batch=3)
 
 
-@st.composite
-def arbitrary(draw):
-    causal, vectors = draw(st.sampled_from(list(KINDS)))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    q_len, kv_len = draw(st.integers(1, 700)), draw(st.integers(1, 700))
-    heads, kv_heads = draw(st.sampled_from([(1, 1), (4, 4), (4, 2), (3, 1)]))
-    batch = draw(st.integers(1, 3))
-    shape = {"batch": draw(st.sampled_from([1, batch])), "heads": draw(st.sampled_from([1, kv_heads, heads]))}
-    mask = random_mask(q_len, kv_len, causal=causal, vectors=vectors, generator=generator, **shape)
-    # Neighbours that share their bounds make hidden and full tiles.
-    together = draw(st.sampled_from([1, 40, 200]))
-    bounds = mask.bounds[..., torch.arange(kv_len) // together * together]
-    options = {"heads": heads, "kv_heads": kv_heads, "batch": batch, "transposed": draw(st.booleans())}
-    return ColumnMask(bounds.contiguous(), causal=causal, q_len=q_len), options
-
-
 @settings(max_examples=100, deadline=None)
-@given(arbitrary())
+@given(arbitrary(longest=700))
 def test_random_bounds(case):
     mask, options = case
     check(mask, **options)
