@@ -115,6 +115,22 @@ def _bench_train(args: argparse.Namespace) -> None:
     print(f"\nwrote {args.out}")
 
 
+def _bench_longest(args: argparse.Namespace) -> None:
+    _need(("peft",), "trl")
+    from hf_flashmask.bench import longest
+
+    names = (
+        "layers", "layers_run", "hidden", "heads", "intermediate", "document", "step", "most", "device", "dtype", "out",
+        "time_budget", "commit", "command",
+    )  # fmt: skip
+    with _refusals():
+        setup = longest.Setup(
+            methods=tuple(args.methods or longest.METHODS), **{name: getattr(args, name) for name in names}
+        )
+        print("\n" + longest.run(setup))
+    print(f"\nwrote {args.out}")
+
+
 def _bench_plot(args: argparse.Namespace) -> None:
     _need(("matplotlib",), "bench")
     from hf_flashmask.bench import plots
@@ -224,14 +240,10 @@ def parser() -> argparse.ArgumentParser:
     sparsity.set_defaults(run=_bench_sparsity)
 
     convergence = bench.add_parser("convergence", help="losses of a packed training, against sdpa's dense mask")
-    convergence.add_argument("--layers", type=_positive, default=8, help="(%(default)s)")
-    convergence.add_argument("--hidden", type=_positive, default=4096, help="(%(default)s)")
-    convergence.add_argument("--heads", type=_positive, default=32, help="(%(default)s)")
-    convergence.add_argument("--intermediate", type=_positive, default=11008, help="(%(default)s)")
+    _add_model(convergence, layers=8)
     convergence.add_argument("--row-len", type=_positive, default=4096, help="tokens a packed row (%(default)s)")
     convergence.add_argument("--steps", type=_positive, default=20, help="optimizer steps (%(default)s)")
     convergence.add_argument("--lr", type=float, default=1e-4, help="AdamW's, after a short warm-up (%(default)s)")
-    convergence.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(%(default)s)")
     convergence.add_argument("--plot", type=Path, metavar="PNG", help="also draw the curves")
     _add_origin(convergence, "convergence.csv")
     convergence.set_defaults(run=_bench_convergence)
@@ -239,15 +251,21 @@ def parser() -> argparse.ArgumentParser:
     train = bench.add_parser("train", help="training steps: DPO, reward, GRPO and packed SFT, against sdpa and flex")
     train.add_argument("--cases", nargs="+", help="names, default all")
     train.add_argument("--methods", nargs="+", help="names, default all")
-    train.add_argument("--layers", type=_positive, default=32, help="(%(default)s)")
-    train.add_argument("--hidden", type=_positive, default=4096, help="(%(default)s)")
-    train.add_argument("--heads", type=_positive, default=32, help="(%(default)s)")
-    train.add_argument("--intermediate", type=_positive, default=11008, help="(%(default)s)")
+    _add_model(train, layers=32)
     train.add_argument("--scale", type=_positive, default=1, help="divides every length (%(default)s)")
     train.add_argument("--steps", type=_positive, default=3, help="timed steps a method (%(default)s)")
-    train.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(%(default)s)")
     _add_origin(train, "train.csv")
     train.set_defaults(run=_bench_train)
+
+    longest = bench.add_parser("longest", help="the longest packed row that this device trains on, by attention")
+    longest.add_argument("--methods", nargs="+", help="names, default all")
+    _add_model(longest, layers=32)
+    longest.add_argument("--layers-run", type=_positive, default=2, help="the others take memory alone (%(default)s)")
+    longest.add_argument("--document", type=_positive, default=32768, help="tokens a document (%(default)s)")
+    longest.add_argument("--step", type=_positive, default=32768, help="between lengths tried (%(default)s)")
+    longest.add_argument("--most", type=_positive, default=1 << 21, help="longest length tried (%(default)s)")
+    _add_origin(longest, "longest.csv")
+    longest.set_defaults(run=_bench_longest)
 
     table = bench.add_parser("table", help="a Markdown table of what 'kernels' wrote")
     table.add_argument("csv", type=Path)
@@ -271,6 +289,14 @@ def _add_check(commands: Any) -> None:
     check.add_argument("--out", type=Path, metavar="CSV", help="table to write, and the same in Markdown beside it")
     check.add_argument("--against", type=Path, metavar="CSV", help="an earlier table: fail if an ok of it is lost")
     check.set_defaults(run=_check)
+
+
+def _add_model(command: argparse.ArgumentParser, layers: int) -> None:
+    command.add_argument("--layers", type=_positive, default=layers, help="(%(default)s)")
+    command.add_argument("--hidden", type=_positive, default=4096, help="(%(default)s)")
+    command.add_argument("--heads", type=_positive, default=32, help="(%(default)s)")
+    command.add_argument("--intermediate", type=_positive, default=11008, help="(%(default)s)")
+    command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(%(default)s)")
 
 
 def _add_common(command: argparse.ArgumentParser, out: str) -> None:

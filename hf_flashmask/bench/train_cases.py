@@ -56,6 +56,7 @@ def _question(prompt: int, answers: int) -> tuple[Question, ...]:
 
 CASES = {
     "dpo_2k": Case("dpo", _question(2048, 2)),
+    "dpo_2k_4_pairs": Case("dpo", _question(2048, 2) * 4),
     "dpo_4k": Case("dpo", _question(4096, 2)),
     "dpo_8k": Case("dpo", _question(8192, 2)),
     "reward_4k": Case("reward", _question(4096, 6)),
