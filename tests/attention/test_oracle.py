@@ -275,3 +275,11 @@ def test_a_sink_without_weight_and_a_row_that_sees_nothing():
         (grad,) = torch.autograd.grad(out.sum(), sinks)
         assert grad.isfinite().all()
         assert grad[0] == 0
+
+
+def test_second_derivatives_are_refused():
+    q, k, v = (torch.randn(1, 8, 2, 4, requires_grad=True) for _ in range(3))
+    out = flashmask_attention(q, k, v, causal=True, backend="torch")
+    (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="backend='reference'"):
+        dq.sum().backward()
