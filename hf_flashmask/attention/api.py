@@ -66,11 +66,12 @@ def flashmask_attention(
         sinks: ``[Hq]``, one more logit a head that takes weight and gives no value, as in gpt-oss.
         return_lse: also return ``lse``, float32 ``[B, Hq, Sq]`` (float64 for float64), the log of the softmax
             denominator, sinks included; differentiable.
-        backend: "auto", "hopper" (compute capability 9.0; 16-bit, head dims up to 128, a faster forward), "triton"
+        backend: "auto", "hopper" (compute capability 9.0; 16-bit, head dims up to 128), "triton"
             (GPUs; 16-bit or float32, head dims up to 256), "torch" (any device) or "reference" (dense, for tests). An
             explicit choice is never replaced by another; "auto" takes the one measured to be the fastest that serves.
-        deterministic: refuse kernels whose gradients may differ in the last bits from run to run. Those of all present
-            backends never do, so this changes nothing today.
+        deterministic: the same bits run after run. Only the backward of "hopper" is not like that by itself: it adds up
+            the gradient of q in any order. The Triton kernels then serve in its place, as they do after
+            ``torch.use_deterministic_algorithms(True)``.
 
     Returns:
         ``out [B, Sq, Hq, Dv]``, or ``(out, lse)``. A query that sees no key has output 0, lse -inf (the sink's logit
@@ -104,7 +105,10 @@ def flashmask_attention(
             out, lse = reference.attention(q, k, v, mask, softmax_scale=softmax_scale, softcap=softcap, sinks=sinks)
     else:
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-        out, lse = op.attention(q, k, v, mask.bounds, mask.causal, softmax_scale, softcap, sinks, backend)
+        deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+        out, lse = op.attention(
+            q, k, v, mask.bounds, mask.causal, softmax_scale, softcap, sinks, backend, deterministic
+        )
     return (out, lse) if return_lse else out
 
 

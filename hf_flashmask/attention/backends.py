@@ -20,9 +20,9 @@ HOPPER_AUTO_LENGTH = 4096
 
 
 def choose(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
-    """The backend that serves checked inputs when any but "reference" is asked for: "torch", "triton" or "hopper".
+    """The backend of the forward of checked inputs when any but "reference" is asked for; the same for the same inputs.
 
-    The same for the same inputs, so that a backward gets what its forward got.
+    It is one of "torch", "triton" and "hopper".
 
     Raises:
         NotImplementedError: the one asked for cannot serve the inputs.
@@ -45,6 +45,24 @@ def choose(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
         return "hopper"
     _say_once(logging.INFO, f"flashmask: the Triton kernels serve {_name(q)}")
     return "triton"
+
+
+def choose_backward(backend: str, q: Tensor, k: Tensor, v: Tensor, *, deterministic: bool) -> str:
+    """The backend of the backward: that of the forward, but for "triton" and "hopper", which save the same.
+
+    Hopper's adds up dq in whatever order tiles come, so Triton's serves where the same bits are asked for. "auto" takes
+    Hopper's where it was measured to be faster (H200, Triton 3.6): at head dim 64 too, where the forwards are level.
+    """
+    chosen = choose(backend, q, k, v)
+    if deterministic and chosen == "hopper":
+        return "triton"
+    if backend == "auto" and chosen == "triton" and not deterministic and _hopper_backward_pays(q, v):
+        return "hopper" if _hopper_obstacle(q, k, v) is None else chosen
+    return chosen
+
+
+def _hopper_backward_pays(q: Tensor, v: Tensor) -> bool:
+    return q.shape[3] == v.shape[3] and q.shape[3] in (64, 128) and q.shape[1] >= HOPPER_AUTO_LENGTH
 
 
 def _hopper_pays(q: Tensor, v: Tensor) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_flashmask.masks import ColumnMask
 
-from .backends import choose
+from .backends import choose, choose_backward
 
 _MODULES = {
     "torch": "hf_flashmask.attention.torch_blocks",
@@ -40,10 +40,6 @@ def _operator(function: Callable[..., Any]) -> Any:
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, function, "CompositeExplicitAutograd")
     return getattr(torch.ops.hf_flashmask, name).default
-
-
-def _backend(name: str, q: Tensor, k: Tensor, v: Tensor) -> ModuleType:
-    return _module(choose(name, q, k, v))
 
 
 @functools.cache
@@ -69,17 +65,18 @@ def attention(
     softcap: float,
     sinks: Tensor | None,
     backend: str,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     mask = ColumnMask(bounds, causal=causal, q_len=q.shape[1])
     with _without_autocast(q.device):
-        out, lse = _backend(backend, q, k, v).forward(q, k, v, mask, softmax_scale, softcap, sinks)
+        out, lse = _module(choose(backend, q, k, v)).forward(q, k, v, mask, softmax_scale, softcap, sinks)
     return out, lse
 
 
 @torch.library.register_fake("hf_flashmask::attention", lib=_library)
 def _(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, causal: bool, softmax_scale: float, softcap: float,
-    sinks: Tensor | None, backend: str,
+    sinks: Tensor | None, backend: str, deterministic: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, q_len, heads_q, _ = q.shape
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -101,26 +98,26 @@ def attention_backward(
     softcap: float,
     sinks: Tensor | None,
     backend: str,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mask = ColumnMask(bounds, causal=causal, q_len=q.shape[1])
     with _without_autocast(q.device):
-        dq, dk, dv, dsinks = _backend(backend, q, k, v).backward(
-            do, dlse, q, k, v, out, lse, mask, softmax_scale, softcap, sinks
-        )
+        chosen = choose_backward(backend, q, k, v, deterministic=deterministic)
+        dq, dk, dv, dsinks = _module(chosen).backward(do, dlse, q, k, v, out, lse, mask, softmax_scale, softcap, sinks)
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
 @torch.library.register_fake("hf_flashmask::attention_backward", lib=_library)
 def _(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: Tensor,
-    causal: bool, softmax_scale: float, softcap: float, sinks: Tensor | None, backend: str,
+    causal: bool, softmax_scale: float, softcap: float, sinks: Tensor | None, backend: str, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, bounds, ctx.causal, ctx.softmax_scale, ctx.softcap, sinks, ctx.backend = inputs
+    q, k, v, bounds, ctx.causal, ctx.softmax_scale, ctx.softcap, sinks, ctx.backend, ctx.deterministic = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, *output, bounds, sinks)
 
@@ -128,12 +125,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse, bounds, sinks = ctx.saved_tensors
     if do is None and dlse is None:
-        return (None,) * 9
+        return (None,) * 10
     do = torch.zeros_like(out) if do is None else do
     dq, dk, dv, dsinks = attention_backward(
-        do, dlse, q, k, v, out, lse, bounds, ctx.causal, ctx.softmax_scale, ctx.softcap, sinks, ctx.backend
-    )
-    return dq, dk, dv, None, None, None, None, None if sinks is None else dsinks, None
+        do, dlse, q, k, v, out, lse, bounds, ctx.causal, ctx.softmax_scale, ctx.softcap, sinks, ctx.backend,
+        ctx.deterministic,
+    )  # fmt: skip
+    return dq, dk, dv, None, None, None, None, None if sinks is None else dsinks, None, None
 
 
 def _twice(ctx: Any, *_: Any) -> None:

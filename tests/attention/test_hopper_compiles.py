@@ -10,6 +10,7 @@ import torch
 from hf_flashmask import ColumnMask
 
 from .test_triton_compiles import Recorder, registers_and_stack
+from .test_triton_compiles import compiled as compiled_portable
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the triton package")
 
@@ -17,19 +18,22 @@ ROOM = 227 * 1024
 
 
 def launched(monkeypatch, *, dtype=torch.bfloat16, head_dim=128, causal=False, vectors=4, softcap=0.0, sinks=False):
-    """The kernel and the arguments of the launch of a forward."""
+    """The kernels and the arguments of the launches of a forward and a backward, by their names."""
     from hf_flashmask.attention.hopper import launch
     from hf_flashmask.attention.triton import plan
 
     seen = []
-    monkeypatch.setattr(launch, "forward_kernel", Recorder(launch.forward_kernel, seen))
+    for name in ("forward_kernel", "backward_kernel", "prepare_kernel", "finish_kernel"):
+        monkeypatch.setattr(launch, name, Recorder(getattr(launch, name), seen))
     for name in ("_columns_kernel", "_rows_kernel", "_order_kernel"):
         monkeypatch.setattr(plan, name, Recorder(getattr(plan, name), []))
     monkeypatch.setattr(launch, "_multiprocessors", lambda device: 132)
     mask = ColumnMask(torch.zeros(1, 1, vectors, 256, dtype=torch.int32), causal=causal)
     q, k, v = (torch.zeros(2, 256, heads, head_dim, dtype=dtype) for heads in (4, 2, 2))
-    launch.forward(q, k, v, mask, 0.1, softcap, torch.zeros(4, dtype=dtype) if sinks else None)
-    return seen[0]
+    sinks = torch.zeros(4, dtype=dtype) if sinks else None
+    out, lse = launch.forward(q, k, v, mask, 0.1, softcap, sinks)
+    launch.backward(torch.zeros_like(out), torch.zeros_like(lse), q, k, v, out, lse, mask, 0.1, softcap, sinks)
+    return {kernel.__name__: (kernel, arguments) for kernel, arguments in seen}
 
 
 def compiled(kernel, arguments):
@@ -70,29 +74,39 @@ def machine_code(cubin, folder):
     return subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True, timeout=120).stdout
 
 
-# What it is compiled for, and the bytes of stack a thread, which is where registers spill to.
+# What it is compiled for, and the bytes of stack a thread, which is where registers spill to: forward, backward.
 CASES = {
-    "128, 4 bounds": ({"vectors": 4}, 0),
-    "128, causal": ({"causal": True, "vectors": 1}, 0),
-    "128, float16": ({"causal": True, "vectors": 1, "dtype": torch.float16}, 0),
-    "64, 4 bounds": ({"vectors": 4, "head_dim": 64}, 0),
-    "64, causal": ({"causal": True, "vectors": 1, "head_dim": 64}, 0),
-    "128, all features": ({"vectors": 4, "softcap": 30.0, "sinks": True}, 128),
+    "128, 4 bounds": ({"vectors": 4}, 0, 248),
+    "128, causal": ({"causal": True, "vectors": 1}, 0, 248),
+    "128, float16": ({"causal": True, "vectors": 1, "dtype": torch.float16}, 0, 248),
+    "64, 4 bounds": ({"vectors": 4, "head_dim": 64}, 0, 0),
+    "64, causal": ({"causal": True, "vectors": 1, "head_dim": 64}, 0, 0),
+    "128, all features": ({"vectors": 4, "softcap": 30.0, "sinks": True}, 128, 470),
 }
 
 
+@pytest.mark.parametrize("kernel", ["forward_kernel", "backward_kernel"])
 @pytest.mark.parametrize("name", CASES)
-def test_forward(name, monkeypatch, tmp_path, record_property):
-    options, stack = CASES[name]
-    result = compiled(*launched(monkeypatch, **options))
+def test_wgmma_and_tma_and_few_spills(kernel, name, monkeypatch, tmp_path, record_property):
+    options, *stack = CASES[name]
+    result = compiled(*launched(monkeypatch, **options)[kernel])
     assert result.metadata.shared <= ROOM
     code = machine_code(result.asm["cubin"], tmp_path)
     assert "HGMMA" in code
     assert "UTMALDG" in code
     assert "UTMASTG" in code
+    assert ("UTMAREDG" in code) == (kernel == "backward_kernel")
     usage = registers_and_stack(result.asm["cubin"], tmp_path)
     for what, value in zip(("registers", "stack", "shared"), (*usage, result.metadata.shared), strict=True):
         record_property(what, value)
-    assert usage[1] <= stack, usage
+    assert usage[1] <= stack[kernel == "backward_kernel"], usage
     # A wait after every product is what a compiler that serialises them leaves.
     assert code.count("WARPGROUP.DEPBAR") < code.count("HGMMA") // 2
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_before_and_after_the_backward(head_dim, monkeypatch, tmp_path):
+    kernels = launched(monkeypatch, head_dim=head_dim)
+    for name in ("prepare_kernel", "finish_kernel"):
+        result = compiled_portable(*kernels[name], (9, 0))
+        assert registers_and_stack(result.asm["cubin"], tmp_path)[1] == 0

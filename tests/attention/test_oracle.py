@@ -227,7 +227,7 @@ def test_operator_contract():
     from hf_flashmask.attention import op
 
     q, k, v = (torch.randn(1, 9, 2, 8, requires_grad=True) for _ in range(3))
-    arguments = (q, k, v, masks.causal(9).bounds, True, 0.3, 0.0, torch.randn(2, requires_grad=True), "torch")
+    arguments = (q, k, v, masks.causal(9).bounds, True, 0.3, 0.0, torch.randn(2, requires_grad=True), "torch", False)
     torch.library.opcheck(op.attention, arguments)
 
 

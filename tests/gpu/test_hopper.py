@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_flashmask import ColumnMask, flashmask_attention, masks
-from hf_flashmask.attention.backends import HOPPER_AUTO_LENGTH, choose
+from hf_flashmask.attention.backends import HOPPER_AUTO_LENGTH, choose, choose_backward
 from tests.attention.test_oracle import built
 from tests.attention.triton_checks import KINDS, arbitrary, compare, document, poison
 from tests.attention.triton_checks import qkv as any_qkv
@@ -112,6 +112,20 @@ def test_random_bounds(case, d):
     check(mask, d=d, dv=d, **options)
 
 
+def grads(tensors, mask, do=None, **options):
+    """out, lse, dq, dk, dv."""
+    tensors = [t.detach().requires_grad_() for t in tensors]
+    out, lse = attend(*tensors, mask, **options)
+    return out.detach(), lse.detach(), *torch.autograd.grad(out, tensors, torch.ones_like(out) if do is None else do)
+
+
+def same(first, again):
+    """The same bits, but for dq, which is added up in any order."""
+    dq, expected = again[2].float(), first[2].float()
+    assert (dq - expected).norm() <= 1e-3 * expected.norm() + 1e-6
+    return all(torch.equal(a, b) for i, (a, b) in enumerate(zip(first, again, strict=True)) if i != 2)
+
+
 def test_races():
     """Hundreds of launches over random masks and lengths, each three times: the same bits, whatever the timing."""
     generator = torch.Generator().manual_seed(0)
@@ -123,51 +137,71 @@ def test_races():
         bounds = mask.bounds[..., torch.arange(n) // together * together].contiguous()
         mask = ColumnMask(bounds, causal=causal, q_len=n).to("cuda")
         tensors = qkv(mask, 16, 4, (64, 128)[i % 2], batch=2)
-        first = attend(*tensors, mask)
+        do = torch.randn_like(tensors[0])
+        first = grads(tensors, mask, do)
         assert all(t.isnan().sum() == 0 for t in first)
         for _ in range(2):
-            assert all(torch.equal(a, b) for a, b in zip(first, attend(*tensors, mask), strict=True))
+            assert same(first, grads(tensors, mask, do))
 
 
 @pytest.mark.parametrize("d", [64, 128])
 def test_the_same_bits_every_time(d):
+    """Of out, lse, dk and dv; of dq where they are asked for."""
     mask = document(1500).to("cuda")
-    tensors = [t.requires_grad_() for t in qkv(mask, d=d)]
-
-    def run():
-        # A new mask, so lists are made anew.
-        out, lse = attend(*tensors, mask.clone())
-        return out, lse, *torch.autograd.grad(out.float().square().sum(), tensors)
-
-    first = run()
+    tensors = qkv(mask, d=d)
+    first, exact = grads(tensors, mask), grads(tensors, mask, deterministic=True)
     for _ in range(20):
-        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+        # A new mask, so lists are made anew.
+        assert same(first, grads(tensors, mask.clone()))
+        again = grads(tensors, mask.clone(), deterministic=True)
+        assert all(torch.equal(a, b) for a, b in zip(exact, again, strict=True))
+
+
+def test_torchs_switch_for_determinism(monkeypatch):
+    """The fused backward, which adds up dq in any order, is not launched then."""
+    from hf_flashmask.attention.hopper import launch
+
+    mask = document(300).to("cuda")
+    monkeypatch.setattr(launch, "backward_kernel", None)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    grads(qkv(mask), mask)
+
+
+def test_gradients_of_out_in_any_strides():
+    mask = document(500).to("cuda")
+    tensors = qkv(mask)
+    ones = torch.ones(1, 500, 4, 64, dtype=BF16, device="cuda")
+    expected = grads(tensors, mask, ones)
+    assert same(expected, grads(tensors, mask, ones[:, :1, :1, :1].expand_as(ones)))
+    assert same(expected, grads(tensors, mask, torch.nn.functional.pad(ones, (0, 1))[..., :64]))
 
 
 def test_graphs_replay():
     mask = document(1000).to("cuda")
     tensors = qkv(mask)
-    attend(*tensors, mask)
+    grads(tensors, mask)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = attend(*tensors, mask)
+        captured = grads(tensors, mask)
     for _ in range(3):
         for t in tensors:
             t.normal_()
         graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(captured, attend(*tensors, mask), strict=True))
+        assert same(grads(tensors, mask), captured)
 
 
 def test_lengths_and_heads_compile_nothing_new():
-    from hf_flashmask.attention.hopper.launch import forward_kernel
+    from hf_flashmask.attention.hopper import launch
+
+    kernels = [launch.forward_kernel, launch.prepare_kernel, launch.backward_kernel, launch.finish_kernel]
 
     def run(n, batch=1, heads=4, kv_heads=2):
         mask = document(n).to("cuda")
-        attend(*qkv(mask, heads, kv_heads, batch=batch), mask)
-        return len(forward_kernel.device_caches[torch.cuda.current_device()][0])
+        grads(qkv(mask, heads, kv_heads, batch=batch), mask)
+        return [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels]
 
     before = run(200)
-    assert before
+    assert all(before)
     for case in ((1,), (2,), (128,), (1000,), (160, 1, 1, 1), (160, 2, 16, 16), (160, 3, 3, 1)):
         assert run(*case) == before
 
@@ -184,12 +218,17 @@ def test_refusals():
 
 
 def test_auto_takes_them_where_they_are_faster():
-    for n, d, expected in (
-        (HOPPER_AUTO_LENGTH, 128, "hopper"),
-        (HOPPER_AUTO_LENGTH, 64, "triton"),
-        (300, 128, "triton"),
+    for n, d, forward, backward in (
+        (HOPPER_AUTO_LENGTH, 128, "hopper", "hopper"),
+        (HOPPER_AUTO_LENGTH, 64, "triton", "hopper"),
+        (300, 128, "triton", "triton"),
+        (300, 64, "triton", "triton"),
     ):
         q, k, v = qkv(document(n), heads=2, d=d)
-        assert choose("auto", q, k, v) == expected
-        assert choose("hopper", q, k, v) == "hopper"
-        assert choose("auto", q, k[:, :, :1].expand(k.shape), v) == "triton"
+        assert choose("auto", q, k, v) == forward
+        assert choose_backward("auto", q, k, v, deterministic=False) == backward
+        assert choose_backward("auto", q, k, v, deterministic=True) == "triton"
+        assert choose("hopper", q, k, v) == choose_backward("hopper", q, k, v, deterministic=False) == "hopper"
+        assert choose_backward("triton", q, k, v, deterministic=False) == "triton"
+        k = k[:, :, :1].expand(k.shape)
+        assert choose("auto", q, k, v) == choose_backward("auto", q, k, v, deterministic=False) == "triton"

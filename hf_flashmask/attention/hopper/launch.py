@@ -1,9 +1,9 @@
-"""Launches the forward kernel: tensors in, descriptors and lists of tiles worked out, tensors back."""
+"""Launches the kernels: tensors in, descriptors and lists of tiles worked out, tensors back."""
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -11,22 +11,28 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from hf_flashmask.attention.plan import cached
-from hf_flashmask.attention.triton import plan_bytes as portable_plan_bytes
+from hf_flashmask.attention.backends import describable
+from hf_flashmask.attention.plan import TileList, cached
+from hf_flashmask.attention.sinks import sink_gradient
 from hf_flashmask.attention.triton.launch import BOUNDS_BLOCK, padded_bounds, positive_scale, tile_list
 from hf_flashmask.masks import ColumnMask
 
+from .backward import backward_kernel
+from .dq_buffer import finish_kernel, prepare_kernel
 from .forward import forward_kernel
 
 _LOG2E = 1.4426950408889634
 _BLOCK_M = 128  # two warpgroups of 64 rows
 _BLOCK_N = 128  # a thread of a warpgroup for each column's bounds
 _GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+_BACKWARD_BLOCK_M = 64  # rows of a step of the backward; registers hold no more
 _ROW_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+_STATS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+_DQ_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
 
 
 class Config(NamedTuple):
-    """``stages`` K and V tiles in flight; ``head_group`` heads share L2."""
+    """``stages`` of K and V, or of Q and dO, in flight; ``head_group`` heads share L2."""
 
     stages: int
     head_group: int
@@ -34,6 +40,7 @@ class Config(NamedTuple):
 
 # By width of the tiles: as many stages as 227 KiB hold.
 CONFIGS = {64: Config(4, 8), 128: Config(2, 8)}
+BACKWARD_CONFIGS = {64: Config(4, 4), 128: Config(2, 4)}
 
 
 def tile_width(head_dim: int, head_dim_v: int) -> int:
@@ -68,8 +75,7 @@ def plan_bytes(mask: ColumnMask, head_dim: int, head_dim_v: int, dtype: torch.dt
     """Makes all that a training step needs to know of a mask, anew if the mask is new; its bytes beside the bounds."""
     bounds = interval_bounds(mask)
     size = 0 if bounds.data_ptr() == mask.bounds.data_ptr() else bounds.nbytes
-    size += tile_list(mask, _BLOCK_M, _BLOCK_N, by_columns=False).nbytes
-    return size + portable_plan_bytes(mask, head_dim, head_dim_v, dtype)
+    return size + sum(_lists(mask, by_columns).nbytes for by_columns in (False, True))
 
 
 def forward(
@@ -82,7 +88,7 @@ def forward(
     """
     q, softmax_scale = positive_scale(q, softmax_scale)
     batch, q_len, heads_q, head_dim = q.shape
-    heads_kv, head_dim_v = k.shape[2], v.shape[3]
+    head_dim_v = v.shape[3]
     bounds = interval_bounds(mask)
     if bounds.numel() >= 2**31:
         raise NotImplementedError(
@@ -90,27 +96,103 @@ def forward(
             "use backend='triton'"
         )
     width = tile_width(head_dim, head_dim_v)
-    config = CONFIGS[width]
-    lists = tile_list(mask, _BLOCK_M, _BLOCK_N, by_columns=False)
+    lists = _lists(mask, by_columns=False)
     out = q.new_empty(batch, q_len, heads_q, head_dim_v)
     lse = q.new_empty(batch, heads_q, q_len, dtype=torch.float32)
-    masks_b, masks_h = mask.shape[:2]
     with torch.cuda.device_of(q):  # Triton launches on the current device
         forward_kernel[(min(_multiprocessors(q.device), batch * heads_q * lists.lines),)](
             _descriptor(q, 64, width), _descriptor(k, _BLOCK_N, width), _descriptor(v, _BLOCK_N, width),
             _descriptor(out, 64, width), lse, lse if sinks is None else sinks,
             TensorDescriptor(bounds.flatten(), [bounds.numel()], [1], [_BLOCK_N], _ROW_LAYOUT),
-            lists.spans, lists.counts, lists.order, lists.order.new_zeros(1),
-            q_len=q_len, bounds_len=bounds.shape[1], lines=lists.lines, capacity=lists.capacity,
-            heads_total=batch * heads_q, heads=heads_q, group=heads_q // heads_kv,
-            mask_stride=masks_h if masks_b > 1 else 0, mask_heads=heads_q // masks_h,
-            # Scores become powers of two, since exp2 is what the hardware has.
-            qk_scale=(softcap or softmax_scale) * _LOG2E, cap_scale=softmax_scale / softcap if softcap else 0.0,
-            BLOCK_D=width, BLOCK_N=_BLOCK_N, STAGES=config.stages,
-            NUM_BOUNDS=bounds.shape[0] // (masks_b * masks_h), SOFTCAP=bool(softcap), SINKS=sinks is not None,
-            HEAD_GROUP=config.head_group, num_warps=4,
+            q_len=q_len, SINKS=sinks is not None, BLOCK_N=_BLOCK_N, num_warps=4,
+            **_common(mask, bounds, lists, q, k, heads_q, softmax_scale, softcap), **_tiles(width, CONFIGS),
         )  # fmt: skip
     return out, lse
+
+
+def backward(
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: ColumnMask,
+    softmax_scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and sinks, in their shapes and dtypes; the last bits of q's differ from run to run."""
+    given_scale = softmax_scale
+    q, softmax_scale = positive_scale(q, softmax_scale)
+    do = do if do.stride(-1) == 1 and describable(do) else do.contiguous()
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    batch, q_len, heads_q, head_dim = q.shape
+    heads_kv, head_dim_v = v.shape[2:]
+    width = tile_width(head_dim, head_dim_v)
+    bounds = interval_bounds(mask)
+    lists = _lists(mask, by_columns=True)
+    row_blocks = triton.cdiv(q_len, _BACKWARD_BLOCK_M)
+    rows = batch * heads_q * row_blocks
+    stats = lse.new_empty(rows * 2, _BACKWARD_BLOCK_M)
+    buffer = lse.new_empty(rows * _BACKWARD_BLOCK_M * width // 32, 32)
+    shared = {"q_len": q_len, "heads": heads_q, "row_blocks": row_blocks, "BLOCK_M": _BACKWARD_BLOCK_M}
+    with torch.cuda.device_of(q):
+        prepare_kernel[(rows,)](
+            out, do, lse, lse if dlse is None else dlse.contiguous(), stats, buffer, *_strides(out), *_strides(do),
+            HEAD_DIM_V=head_dim_v, BLOCK_D=width, DLSE=dlse is not None, **shared,
+        )  # fmt: skip
+        backward_kernel[(min(_multiprocessors(q.device), batch * heads_kv * lists.lines),)](
+            _descriptor(q, _BACKWARD_BLOCK_M, width), _descriptor(do, _BACKWARD_BLOCK_M, width),
+            TensorDescriptor(stats, list(stats.shape), [_BACKWARD_BLOCK_M, 1], [2, _BACKWARD_BLOCK_M], _STATS_LAYOUT),
+            _descriptor(k, _BLOCK_N, width), _descriptor(v, _BLOCK_N, width),
+            TensorDescriptor(buffer, list(buffer.shape), [32, 1], [_BACKWARD_BLOCK_M * width // 32, 32], _DQ_LAYOUT),
+            _descriptor(dk, _BLOCK_N, width), _descriptor(dv, _BLOCK_N, width), bounds,
+            row_blocks=row_blocks, softmax_scale=softmax_scale, BLOCK_M=_BACKWARD_BLOCK_M, BLOCK_N=_BLOCK_N,
+            ONE_MASK=heads_q // mask.shape[1] % (heads_q // heads_kv) == 0, num_warps=8,
+            **_common(mask, bounds, lists, q, k, heads_kv, softmax_scale, softcap), **_tiles(width, BACKWARD_CONFIGS),
+        )  # fmt: skip
+        # A scale of 0 or less went into q.
+        sign = (given_scale > 0) - (given_scale < 0)
+        finish_kernel[(rows,)](
+            buffer, dq, *_strides(dq), scale=softmax_scale * sign, HEAD_DIM=head_dim, BLOCK_D=width, **shared
+        )
+    if sinks is None:
+        return dq, dk, dv, None
+    delta = stats.view(batch, heads_q, row_blocks, 2, _BACKWARD_BLOCK_M)[:, :, :, 1].flatten(2)[..., :q_len]
+    return dq, dk, dv, sink_gradient(sinks, lse, delta)
+
+
+def _lists(mask: ColumnMask, by_columns: bool) -> TileList:
+    return tile_list(mask, _BACKWARD_BLOCK_M if by_columns else _BLOCK_M, _BLOCK_N, by_columns=by_columns)
+
+
+def _common(
+    mask: ColumnMask, bounds: Tensor, lists: TileList, q: Tensor, k: Tensor, heads: int, softmax_scale: float,
+    softcap: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Arguments of either kernel. ``heads`` are those that there is work for: of queries forward, of keys backward."""
+    masks_b, masks_h = mask.shape[:2]
+    batch, heads_q, heads_kv = q.shape[0], q.shape[2], k.shape[2]
+    return {
+        "spans": lists.spans, "counts": lists.counts, "order": lists.order, "counter": lists.order.new_zeros(1),
+        "bounds_len": bounds.shape[1], "lines": lists.lines, "capacity": lists.capacity,
+        "heads_total": batch * heads, "heads": heads, "group": heads_q // heads_kv,
+        "mask_stride": masks_h if masks_b > 1 else 0, "mask_heads": heads_q // masks_h,
+        # Scores become powers of two, since exp2 is what the hardware has.
+        "qk_scale": (softcap or softmax_scale) * _LOG2E, "cap_scale": softmax_scale / softcap if softcap else 0.0,
+        "NUM_BOUNDS": bounds.shape[0] // (masks_b * masks_h), "SOFTCAP": bool(softcap),
+    }  # fmt: skip
+
+
+def _tiles(width: int, configs: dict[int, Config]) -> dict[str, int]:
+    return {"BLOCK_D": width, "STAGES": configs[width].stages, "HEAD_GROUP": configs[width].head_group}
+
+
+def _strides(t: Tensor) -> list[int]:
+    """Of batch, head and row."""
+    return [t.stride(0), t.stride(2), t.stride(1)]
 
 
 @functools.cache
@@ -124,5 +206,9 @@ def _descriptor(t: Tensor, rows: int, width: int) -> TensorDescriptor:
     # A stride that is never taken still has to be valid.
     strides = [t.stride(d) if t.shape[d] > 1 else 16 for d in (0, 2, 1)]
     block = [1, 1, rows, width]
-    layout = gl.NVMMASharedLayout.get_default_for(block, _GLUON_TYPES[t.dtype])
-    return TensorDescriptor(t, [batch, heads, length, head_dim], [*strides, 1], block, layout)
+    return TensorDescriptor(t, [batch, heads, length, head_dim], [*strides, 1], block, _layout(rows, width, t.dtype))
+
+
+@functools.cache  # working it out takes longer than all the rest of a descriptor
+def _layout(rows: int, width: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, width], _GLUON_TYPES[dtype])

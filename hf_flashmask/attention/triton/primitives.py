@@ -8,8 +8,8 @@ import triton.language as tl
 
 # Lengths and counts, which must not make a kernel compile anew (names a kernel lacks are ignored).
 LENGTHS = (
-    "q_len", "kv_len", "bounds_len", "stats_len", "words_len", "lines", "row_tiles", "column_tiles", "capacity",
-    "heads_total", "heads", "group", "mask_stride", "mask_heads",
+    "q_len", "kv_len", "bounds_len", "stats_len", "words_len", "lines", "row_tiles", "row_blocks", "column_tiles",
+    "capacity", "heads_total", "heads", "group", "mask_stride", "mask_heads",
 )  # fmt: skip
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
