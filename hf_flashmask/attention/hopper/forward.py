@@ -159,30 +159,6 @@ def _consume(
 
 
 @gluon.jit
-def _consume_upper(
-    q_s, k_s, v_s, out_s, bounds_s, words_s, work_s, bars, out, lse, sinks, q_len, heads, qk_scale, cap_scale,
-    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, NUM_BOUNDS: gl.constexpr,
-    SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
-):  # fmt: skip
-    _consume(
-        q_s, k_s, v_s, out_s, bounds_s, words_s, work_s, bars, out, lse, sinks, q_len, heads, qk_scale, cap_scale,
-        0, BLOCK_N, BLOCK_D, STAGES, NUM_BOUNDS, SOFTCAP, SINKS,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _consume_lower(
-    q_s, k_s, v_s, out_s, bounds_s, words_s, work_s, bars, out, lse, sinks, q_len, heads, qk_scale, cap_scale,
-    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, NUM_BOUNDS: gl.constexpr,
-    SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
-):  # fmt: skip
-    _consume(
-        q_s, k_s, v_s, out_s, bounds_s, words_s, work_s, bars, out, lse, sinks, q_len, heads, qk_scale, cap_scale,
-        1, BLOCK_N, BLOCK_D, STAGES, NUM_BOUNDS, SOFTCAP, SINKS,
-    )  # fmt: skip
-
-
-@gluon.jit
 def _take(counter, order, counts, pieces, lines, heads_total, heads, mask_stride, mask_heads, HEAD_GROUP: gl.constexpr):
     """The next piece of work: whether there is one, its block of rows, b, h, mask, and its partial and all tiles."""
     number = gl.atomic_add(counter, 1, sem="relaxed")
@@ -315,13 +291,13 @@ def forward_kernel(
     bars = (q_full, q_free, k_full, k_free, v_full, v_free, work_full, work_free)
     # Warps and registers a thread of the second and third; the first gets what is left.
     gl.warp_specialize([
-        (_consume_upper, (
+        (_consume, (
             q_s, k_s, v_s, out_s, bounds_s, words_s, work_s, bars, out, lse, sinks, q_len, heads, qk_scale, cap_scale,
-            BLOCK_N, BLOCK_D, STAGES, NUM_BOUNDS, SOFTCAP, SINKS,
+            0, BLOCK_N, BLOCK_D, STAGES, NUM_BOUNDS, SOFTCAP, SINKS,
         )),
-        (_consume_lower, (
+        (_consume, (
             q_s, k_s, v_s, out_s, bounds_s, words_s, work_s, bars, out, lse, sinks, q_len, heads, qk_scale, cap_scale,
-            BLOCK_N, BLOCK_D, STAGES, NUM_BOUNDS, SOFTCAP, SINKS,
+            1, BLOCK_N, BLOCK_D, STAGES, NUM_BOUNDS, SOFTCAP, SINKS,
         )),
         (_produce, (
             q, k, v, bounds, spans, counts, order, counter, q_s, k_s, v_s, bounds_s, work_s, bars,
