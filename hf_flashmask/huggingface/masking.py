@@ -23,6 +23,7 @@ from hf_flashmask.masks.intervals import run_spans
 from . import closures
 from .closures import cells
 from .packing import BuiltMask, documents_from_position_ids, take_position_ids
+from .sequence_parallel import refuse_lost_mask
 from .tree_mask import TreeMask
 
 # What Transformers hands to mask interfaces that only tells which shortcuts they may take.
@@ -77,6 +78,7 @@ def flashmask_mask(
             f"flashmask does not know the mask argument {unknown[0]!r} and will not ignore it; "
             "use attn_implementation='sdpa', or install transformers==5.23.0 or a newer hf-flashmask"
         )
+    refuse_lost_mask(attention_mask, mask_function)
     if isinstance(attention_mask, ColumnMask):
         if (attention_mask.q_len, attention_mask.kv_len) != (q_length, kv_length):
             raise ValueError(
