@@ -15,7 +15,7 @@ from hf_flashmask.attention import flashmask_attention
 from hf_flashmask.masks import ColumnMask
 
 from .packing import BuiltMask, split_documents
-from .sequence_parallel import masks_are_dropped
+from .sequence_parallel import masks_are_dropped, own_sinks
 from .tree_mask import TreeMask, WindowedTree
 
 logger = logging.get_logger(__name__)
@@ -127,6 +127,8 @@ def flashmask_attention_forward(
         position_ids = seq_idx = None
     mask = split_documents(mask, position_ids, cu_seq_lens_q, cu_seq_lens_k, seq_idx).to(query.device)
     tensors = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    if s_aux is not None and s_aux.shape[0] != query.shape[1] and masks_are_dropped():
+        s_aux = own_sinks(s_aux, query.shape[1])
     options: dict[str, Any] = {"softmax_scale": scaling, "softcap": softcap, "sinks": s_aux}
     if isinstance(mask, WindowedTree):
         return mask.attend(*tensors, **options), None

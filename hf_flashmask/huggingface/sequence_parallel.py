@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from . import closures
 from .naming import NAME
 from .tree_mask import TreeMask
 
-_REMADE = (closures.CAUSAL, closures.WINDOW, closures.PADDING, closures.PACKED, closures.REMAP)
+_REMADE = (closures.CAUSAL, closures.WINDOW, closures.PADDING, closures.PACKED)
 
 
 def masks_are_dropped() -> bool:
@@ -23,6 +25,13 @@ def masks_are_dropped() -> bool:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # imported, it registers us
 
     return ALL_ATTENTION_FUNCTIONS[NAME].__module__.startswith("deepspeed.")
+
+
+def own_sinks(sinks: Tensor, heads: int) -> Tensor:
+    """The sinks ``[Hq]`` of this process's heads, its share in the order of ranks. Differentiable."""
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+
+    return sinks.narrow(0, parallel_state_sp.get_sequence_parallel_rank() * heads, heads)
 
 
 def refuse_lost_mask(attention_mask: Any, mask_function: Callable[..., Any] | None = None) -> None:
@@ -34,8 +43,8 @@ def refuse_lost_mask(attention_mask: Any, mask_function: Callable[..., Any] | No
         return
     if getattr(attention_mask, "ndim", 2) == 4:
         what = "the mask of share_prompts" if isinstance(attention_mask, TreeMask) else "a 4D attention_mask"
-    elif mask_function is not None and not _is_remade(mask_function):
-        what = f"a mask of {mask_function.__module__}.{mask_function.__qualname__}"
+    elif mask_function is not None and (lost := _lost(mask_function)) is not None:
+        what = f"a mask of {getattr(lost, '__qualname__', repr(lost))}"
     else:
         return
     raise NotImplementedError(
@@ -44,10 +53,13 @@ def refuse_lost_mask(attention_mask: Any, mask_function: Callable[..., Any] | No
     )
 
 
-def _is_remade(function: Callable[..., Any]) -> bool:
+def _lost(function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The first part of a mask function that position_ids, causality and windows do not say again."""
     code = getattr(function, "__code__", None)
-    if code is closures.AND:
-        return all(_is_remade(part) for part in closures.cells(function)["mask_functions"])
-    if code is closures.REMAP and code is not None:
-        return _is_remade(closures.cells(function)["mask_function"])
-    return code is not None and any(code is known for known in _REMADE)
+    if code is not None and code is closures.AND:
+        parts = closures.cells(function)["mask_functions"]
+    elif code is not None and code is closures.REMAP:
+        parts = (closures.cells(function)["mask_function"],)
+    else:
+        return None if code is not None and any(code is known for known in _REMADE) else function
+    return next((lost for lost in map(_lost, parts) if lost is not None), None)

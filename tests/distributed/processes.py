@@ -9,7 +9,7 @@ import traceback
 
 WORLD = 2
 # A collective that one process never reaches ends with an error after this long; so does a job, in the parent.
-COLLECTIVE_SECONDS, JOB_SECONDS = 60, 150
+COLLECTIVE_SECONDS, JOB_SECONDS = 30, 60
 
 
 class Processes:
