@@ -32,7 +32,7 @@ def deepspeed():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("model_type", WINDOWED + ["llama", "deepseek_v3", "opt"])
+@pytest.mark.parametrize("model_type", [*WINDOWED, "llama", "deepseek_v3", "opt"])
 def test_the_mask_is_made_again(model_type, deepspeed):
     eager, ours = pair(model_type, num_hidden_layers=2)
     ids = tokens(1, sum(LENGTHS))
