@@ -15,7 +15,7 @@ from hf_flashmask.attention import flashmask_attention
 from hf_flashmask.masks import ColumnMask
 
 from .packing import BuiltMask, split_documents
-from .sequence_parallel import masks_are_dropped, own_sinks
+from .sequence_parallel import masks_are_dropped, own_sinks, refuse_context_parallel
 from .tree_mask import TreeMask, WindowedTree
 
 logger = logging.get_logger(__name__)
@@ -79,6 +79,8 @@ def flashmask_attention_forward(
         NotImplementedError: an argument that would change attention and is not supported.
     """
     where = type(module).__name__
+    if not torch.compiler.is_compiling():
+        refuse_context_parallel()
     if dropout:
         raise NotImplementedError(
             f"{where}: flashmask has no attention dropout, got {dropout}; set it to 0 in the model's config "

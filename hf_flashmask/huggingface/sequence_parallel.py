@@ -1,4 +1,4 @@
-"""DeepSpeed's Ulysses: attention where every process holds a part of each row.
+"""Attention where every process holds a part of each row: DeepSpeed's Ulysses is served, ring attention is refused.
 
 DeepSpeed (0.19.8 read) puts a wrapper in place of the attention function. It exchanges parts of rows for parts of the
 heads, so that the function sees whole rows, and hands it the position_ids of all processes and no mask, since
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import closures
@@ -25,6 +26,20 @@ def masks_are_dropped() -> bool:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # imported, it registers us
 
     return ALL_ATTENTION_FUNCTIONS[NAME].__module__.startswith("deepspeed.")
+
+
+def refuse_context_parallel() -> None:
+    """
+    Raises:
+        NotImplementedError: torch's ``context_parallel`` is on. It exchanges keys in scaled_dot_product_attention,
+            which it replaces meanwhile; any other attention would see a part of the row and not know.
+    """
+    if F.scaled_dot_product_attention.__module__.startswith("torch.distributed."):
+        raise NotImplementedError(
+            "flashmask cannot run under context parallelism (accelerate's cp_size, torch's context_parallel), which "
+            "exchanges keys in scaled_dot_product_attention alone; split rows with Ulysses (sp_size) instead, or use "
+            "attn_implementation='sdpa'"
+        )
 
 
 def own_sinks(sinks: Tensor, heads: int) -> Tensor:

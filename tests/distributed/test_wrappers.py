@@ -5,6 +5,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.experimental import context_parallel
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_flashmask import share_prompts
@@ -105,3 +106,18 @@ def test_loss_and_gradients(batch_of, checkpointing, share, wrapper, processes):
 def test_data_parallel_is_refused():
     with pytest.raises(NotImplementedError, match="one process a GPU"):
         share_prompts(torch.nn.DataParallel(tiny("llama", "flashmask")))
+
+
+def under_context_parallel():
+    ids = tokens(1, 8)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
+    with context_parallel(mesh, buffers=[ids], buffer_seq_dims=[1]):
+        try:
+            tiny("llama", "flashmask")(ids, use_cache=False)
+        except NotImplementedError as error:
+            return str(error)
+
+
+def test_context_parallelism_is_refused(processes):
+    """Else every process would attend to its own part of the row, and nothing would say so."""
+    assert all("split rows with Ulysses" in message for message in processes.run(under_context_parallel))
