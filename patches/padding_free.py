@@ -94,7 +94,6 @@ def _sharing_init(stock: Callable[..., None]) -> Callable[..., None]:
             stock(self, *args, **kwargs)
             _share(self.model, shared)
             _refuse_router_loss(self)
-            _refuse_replicas(self)
         except BaseException:
             for handle in shared:
                 handle.undo()
@@ -142,13 +141,4 @@ def _refuse_router_loss(trainer: Any) -> None:
         raise NotImplementedError(
             f"padding_free=True: {type(trainer.model).__name__} is trained with a balancing loss over router logits, "
             "which would count a shared prompt once; set router_aux_loss_coef=0.0"
-        )
-
-
-def _refuse_replicas(trainer: Any) -> None:
-    if trainer.args.n_gpu > 1:
-        raise NotImplementedError(
-            f"padding_free=True: {trainer.args.n_gpu} GPUs in one process, which Trainer serves with nn.DataParallel, "
-            "would run copies of the model that share no prompts; start one process a GPU (torchrun, accelerate "
-            "launch) or show it one GPU (CUDA_VISIBLE_DEVICES)"
         )

@@ -127,14 +127,6 @@ def test_models_that_cannot_share_are_refused(tmp_path):
             build(tiny("llama", "flashmask"), tmp_path, peft_config=prompt)
 
 
-def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(trl.DPOConfig, "n_gpu", property(lambda self: 2))
-    policy = tiny("llama", "flashmask")
-    with patches.enabled(), pytest.raises(NotImplementedError, match="2 GPUs in one process.*one process a GPU"):
-        build(policy, tmp_path, ref_model=tiny("llama", "flashmask", 1))
-    assert "forward" not in vars(policy.model)
-
-
 def test_without_the_flag_the_trainer_is_stock(tmp_path):
     with patches.enabled():
         policy, reference = (tiny("llama", "flashmask", seed) for seed in (0, 1))
