@@ -9,7 +9,7 @@ import traceback
 
 WORLD = 2
 # A collective that one process never reaches ends with an error after this long; so does a job, in the parent.
-COLLECTIVE_SECONDS, JOB_SECONDS = 30, 60
+COLLECTIVE_SECONDS, JOB_SECONDS = 60, 150
 
 
 class Processes:
@@ -58,10 +58,12 @@ class Processes:
         while len(results) < WORLD:
             for rank, (process, pipe) in enumerate(self._workers):
                 if rank in results or not pipe.poll(0.02):
-                    if rank not in results and not process.is_alive() and not pipe.poll():
-                        raise RuntimeError(f"process {rank} died in {name}, exit code {process.exitcode}")
                     continue
-                results[rank], error = pickle.loads(pipe.recv_bytes())
+                try:
+                    results[rank], error = pickle.loads(pipe.recv_bytes())
+                except EOFError:
+                    process.join(5)
+                    raise RuntimeError(f"process {rank} died in {name}, exit code {process.exitcode}") from None
                 if error is not None:
                     raise RuntimeError(f"{name} failed in process {rank}:\n{error}")
             if time.monotonic() > deadline:

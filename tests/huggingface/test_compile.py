@@ -29,14 +29,18 @@ def step(model, run, ids, inputs):
 
 # Gemma 2: a window in every second layer. Tracing is what breaks graphs, so one case is enough for what follows it.
 @pytest.mark.parametrize(
-    ("model_type", "inputs_of", "backend"),
-    [("gemma2", packed, "eager"), ("gemma2", padded, "eager"), ("llama", mask_of_the_user, "aot_eager")],
+    ("model_type", "layers", "inputs_of", "backend"),
+    [
+        ("gemma2", 2, packed, "eager"),
+        ("llama", 1, padded, "eager"),
+        ("llama", 1, mask_of_the_user, "aot_eager"),
+    ],
     ids=lambda x: getattr(x, "__name__", x),
 )
-def test_training_step_in_one_graph_for_any_length(model_type, inputs_of, backend):
+def test_training_step_in_one_graph_for_any_length(model_type, layers, inputs_of, backend):
     torch._dynamo.reset()
     counters.clear()
-    model = tiny(model_type, "flashmask", num_hidden_layers=2).train()
+    model = tiny(model_type, "flashmask", num_hidden_layers=layers).train()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     for n in (23, 31, 40):
         ids, inputs = tokens(1, n), inputs_of(n)

@@ -32,7 +32,7 @@ def loss_alone(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_oss", "opt"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt_oss", "opt"])
 def test_every_way_of_telling_documents(model_type, tmp_path):
     eager, ours = pair(model_type)
     expected = loss_alone(eager)
