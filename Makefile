@@ -18,7 +18,7 @@ demo: install
 	$(BIN)/flashmask demo
 
 test: install
-	$(BIN)/python -m pytest -n 2 -m "not timing"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not timing"
 	$(BIN)/python -m pytest -m timing
 
 style: install

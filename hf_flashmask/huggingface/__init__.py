@@ -9,11 +9,12 @@ def register() -> None:
     """Make "flashmask" an attention implementation of Transformers. Idempotent; ``import hf_flashmask`` calls it."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    from . import naming, packing
+    from . import closures, naming, packing
     from .attention import flashmask_attention_forward
     from .masking import flashmask_mask
 
     naming.install()
+    closures.install()
     packing.install()
     AttentionInterface.register(NAME, flashmask_attention_forward)
     AttentionMaskInterface.register(NAME, flashmask_mask)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+from transformers.utils import logging
 
 from hf_flashmask import masks
 from hf_flashmask.attention import flashmask_attention
 from hf_flashmask.masks import ColumnMask
 
 from .packing import BuiltMask, split_documents
+from .sequence_parallel import masks_are_dropped, own_sinks, refuse_context_parallel
 from .tree_mask import TreeMask, WindowedTree
+
+logger = logging.get_logger(__name__)
 
 # What models hand to attention functions that has no bearing on the result here. Everything else that is set is
 # refused: a kernel that ignores an argument it does not know is silently wrong.
@@ -34,7 +39,6 @@ _NO_EFFECT = frozenset(
         "past_key_values",
         "position_embeddings",
         "return_dict",
-        "seq_idx",
         "token_type_ids",
         "use_cache",
     }
@@ -56,6 +60,7 @@ def flashmask_attention_forward(
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
+    seq_idx: Tensor | None = None,
     output_attentions: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -74,6 +79,8 @@ def flashmask_attention_forward(
         NotImplementedError: an argument that would change attention and is not supported.
     """
     where = type(module).__name__
+    if not torch.compiler.is_compiling():
+        refuse_context_parallel()
     if dropout:
         raise NotImplementedError(
             f"{where}: flashmask has no attention dropout, got {dropout}; set it to 0 in the model's config "
@@ -90,9 +97,7 @@ def flashmask_attention_forward(
                 f"{where}: flashmask does not know the attention argument {name!r} and will not ignore it; "
                 "use attn_implementation='eager' or 'sdpa' for this model or call"
             )
-    if query.dtype == torch.float32 and torch.is_autocast_enabled(query.device.type):
-        # As sdpa under autocast; PEFT's float32 norms put float32 activations here.
-        lower = torch.get_autocast_dtype(query.device.type)
+    if (lower := _lower_dtype(module, query)) is not None:
         query, key, value = (t.to(lower) for t in (query, key, value))
 
     q_len, kv_len = query.shape[2], key.shape[2]
@@ -110,15 +115,22 @@ def flashmask_attention_forward(
             f"{where}: attention_mask must be a ColumnMask, a dense 4D mask or None, got "
             f"{type(attention_mask).__name__}{shape}"
         )
+    if cu_seq_lens_q is not None and masks_are_dropped():
+        raise NotImplementedError(
+            f"{where}: under Ulysses sequence parallelism documents are told by position_ids, which DeepSpeed gathers; "
+            "cu_seq_lens_q would be those of one process: leave them out of the batch (return_flash_attn_kwargs=False)"
+        )
     if cu_seq_lens_q is not None and query.shape[0] != 1:
         raise NotImplementedError(
             f"{where}: cu_seq_lens_q describes one packed row, but the batch has {query.shape[0]}; "
             "pack into one row or pass position_ids"
         )
     if _attends_elsewhere(module, is_causal):
-        position_ids = None
-    mask = split_documents(mask, position_ids, cu_seq_lens_q, cu_seq_lens_k).to(query.device)
+        position_ids = seq_idx = None
+    mask = split_documents(mask, position_ids, cu_seq_lens_q, cu_seq_lens_k, seq_idx).to(query.device)
     tensors = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    if s_aux is not None and s_aux.shape[0] != query.shape[1] and masks_are_dropped():
+        s_aux = own_sinks(s_aux, query.shape[1])
     options: dict[str, Any] = {"softmax_scale": scaling, "softcap": softcap, "sinks": s_aux}
     if isinstance(mask, WindowedTree):
         return mask.attend(*tensors, **options), None
@@ -128,6 +140,46 @@ def flashmask_attention_forward(
             "it; run this model without share_prompts"
         )
     return flashmask_attention(*tensors, mask, **options), None
+
+
+def _layer_type(module: torch.nn.Module) -> str | None:
+    """What the model's config calls this layer of attention, if it names layers and the module knows its number."""
+    types = getattr(getattr(module, "config", None), "layer_types", None)
+    at = getattr(module, "layer_idx", None)
+    return types[at] if types and isinstance(at, int) and at < len(types) else None
+
+
+def _lower_dtype(module: torch.nn.Module, query: Tensor) -> torch.dtype | None:
+    """float16 or bfloat16 where float32 queries do not belong, as Transformers' FlashAttention reads it; else None.
+
+    Under autocast, its dtype. Else norms or adapters kept in float32 (PEFT's ``prepare_model_for_kbit_training``) made
+    them so, and they go back to what the model computes in: a quantized model's dtype, or the first linear layer's.
+    """
+    if query.dtype != torch.float32:
+        return None
+    if torch.is_autocast_enabled(query.device.type):
+        return torch.get_autocast_dtype(query.device.type)
+    config: Any = getattr(module, "config", None)
+    if hasattr(config, "_is_quantized"):
+        dtype = config.dtype
+    else:
+        linear = next((layer for layer in module.modules() if isinstance(layer, torch.nn.Linear)), None)
+        dtype = None if linear is None else linear.weight.dtype
+    if dtype not in (torch.float16, torch.bfloat16):
+        return None
+    if not torch.compiler.is_compiling():
+        _say_casts(str(dtype))
+    return dtype
+
+
+@functools.cache
+def _say_casts(dtype: str) -> None:
+    logger.warning(
+        "flashmask: attention receives float32 queries in a model of %s and computes in %s; float32 norms or adapters "
+        "are what makes them",
+        dtype,
+        dtype,
+    )
 
 
 def _attends_elsewhere(module: torch.nn.Module, is_causal: bool) -> bool:
@@ -157,6 +209,11 @@ def _without_mask(
         raise NotImplementedError(
             f"{type(module).__name__}: causal attention of {q_len} queries to {kv_len} keys without a mask is "
             "ambiguous (aligned to the first or to the last key?); pass a mask"
+        )
+    if _layer_type(module) == "chunked_attention":
+        raise NotImplementedError(
+            f"{type(module).__name__}: a layer of chunked attention cannot be served without its mask; "
+            "use attn_implementation='sdpa' here"
         )
     if sliding_window is None:
         mask = masks.causal(kv_len, device=device)

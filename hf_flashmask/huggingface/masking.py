@@ -20,7 +20,10 @@ from hf_flashmask.masks import ColumnMask
 from hf_flashmask.masks.convert import from_row_blocks
 from hf_flashmask.masks.intervals import run_spans
 
+from . import closures
+from .closures import cells
 from .packing import BuiltMask, documents_from_position_ids, take_position_ids
+from .sequence_parallel import refuse_lost_mask
 from .tree_mask import TreeMask
 
 # What Transformers hands to mask interfaces that only tells which shortcuts they may take.
@@ -75,6 +78,7 @@ def flashmask_mask(
             f"flashmask does not know the mask argument {unknown[0]!r} and will not ignore it; "
             "use attn_implementation='sdpa', or install transformers==5.23.0 or a newer hf-flashmask"
         )
+    refuse_lost_mask(attention_mask, mask_function)
     if isinstance(attention_mask, ColumnMask):
         if (attention_mask.q_len, attention_mask.kv_len) != (q_length, kv_length):
             raise ValueError(
@@ -122,52 +126,25 @@ def flashmask_mask(
 # ---- the tree --------------------------------------------------------------------------------------------------
 
 
-def _code(factory_name: str, *args: Any) -> CodeType | None:
-    """The code that closures of a Transformers factory share; None where this release has no such factory."""
-    factory = getattr(masking_utils, factory_name, None)
-    return None if factory is None else factory(*args).__code__
-
-
-_CAUSAL = masking_utils.causal_mask_function.__code__
-_BIDIRECTIONAL = masking_utils.bidirectional_mask_function.__code__
-_AND = _code("and_masks", masking_utils.causal_mask_function)
-_OR = _code("or_masks", masking_utils.causal_mask_function)
-_WINDOW = _code("sliding_window_overlay", 1)
-_WINDOW_BOTH_WAYS = _code("sliding_window_bidirectional_overlay", 1)
-_CHUNKED = _code("chunked_overlay", 1, torch.zeros(1, dtype=torch.int64))
-_BLOCKWISE = _code("blockwise_overlay", torch.zeros(1, 1, dtype=torch.int64))
-_PADDING = _code("padding_mask_function", torch.ones(1, 1, dtype=torch.bool))
-_PACKED = _code("packed_sequence_mask_function", torch.zeros(1, 1, dtype=torch.int64))
-_REMAP = _code(
-    "remap_positions_for_packed_sequence", masking_utils.causal_mask_function, torch.zeros(1, 1, dtype=torch.int64)
-)
-
-
-def _cells(function: Callable[..., Any]) -> dict[str, Any]:
-    closure = function.__closure__ or ()  # type: ignore[attr-defined]
-    names = function.__code__.co_freevars  # type: ignore[attr-defined]
-    return {name: cell.cell_contents for name, cell in zip(names, closure, strict=True)}
-
-
 def _rows(function: Callable[..., Any], keys: _Keys) -> Rows | None:
     """The rows that a mask function lets see each key, or None when a leaf is not one of Transformers' own."""
     code = getattr(function, "__code__", None)
     j = keys.position
-    if code is _CAUSAL:
+    if code is closures.CAUSAL:
         return Rows(j, torch.full_like(j, _FAR))
-    if code is _BIDIRECTIONAL:
+    if code is closures.BIDIRECTIONAL:
         return Rows(torch.full_like(j, -_FAR), torch.full_like(j, _FAR))
     if code is None:
         return None
-    if code is _AND:
-        return _intersection(_cells(function)["mask_functions"], keys)
-    if code is _OR:
-        parts = [_rows(part, keys) for part in _cells(function)["mask_functions"]]
+    if code is closures.AND:
+        return _intersection(cells(function)["mask_functions"], keys)
+    if code is closures.OR:
+        parts = [_rows(part, keys) for part in cells(function)["mask_functions"]]
         known = [part for part in parts if part is not None]
         return None if len(known) < len(parts) else Rows(*_reduce(known, torch.minimum, torch.maximum))
     for leaf, rule in _LEAVES:
         if code is leaf:
-            return rule(_cells(function), keys)
+            return rule(cells(function), keys)
     return None
 
 
@@ -178,13 +155,13 @@ def _row_window(function: Callable[..., Any]) -> int | None:
         NotImplementedError: it is more than causality and windows, so it cannot be applied to a tree.
     """
     code = getattr(function, "__code__", None)
-    if code is _CAUSAL:
+    if code is closures.CAUSAL:
         return None
-    if code is _WINDOW:
-        window: int = _cells(function)["sliding_window"]
+    if code is closures.WINDOW:
+        window: int = cells(function)["sliding_window"]
         return window
-    if code is _AND:
-        windows = [_row_window(part) for part in _cells(function)["mask_functions"]]
+    if code is closures.AND:
+        windows = [_row_window(part) for part in cells(function)["mask_functions"]]
         return min((window for window in windows if window is not None), default=None)
     raise NotImplementedError(
         f"merged rows cannot be attended to under mask function {_name(function)}; run this model without share_prompts"
@@ -193,15 +170,15 @@ def _row_window(function: Callable[..., Any]) -> int | None:
 
 def _intersection(functions: tuple[Callable[..., Any], ...], keys: _Keys) -> Rows | None:
     # Positions that were remapped per document only mean something inside the document, i.e. beside the packed leaf.
-    packed = any(getattr(f, "__code__", None) is _PACKED for f in functions)
+    packed = any(getattr(f, "__code__", None) is closures.PACKED for f in functions)
     parts = []
     for function in functions:
-        if _REMAP is not None and getattr(function, "__code__", None) is _REMAP:
+        if closures.REMAP is not None and getattr(function, "__code__", None) is closures.REMAP:
             if not packed:
                 return None
-            cells = _cells(function)
+            held = cells(function)
             j = keys.position
-            part = _rows(cells["mask_function"], _Keys(j, j - cells["position_ids"].to(j.device, torch.int64)))
+            part = _rows(held["mask_function"], _Keys(j, j - held["position_ids"].to(j.device, torch.int64)))
         else:
             part = _rows(function, keys)
         if part is None:
@@ -221,16 +198,16 @@ def _keep(rows: Rows, kept: Tensor) -> Rows:
     return Rows(torch.where(kept, rows.first, _FAR), torch.where(kept, rows.end, -_FAR))
 
 
-def _window(cells: dict[str, Any], keys: _Keys) -> Rows:
-    return Rows(torch.full_like(keys.position, -_FAR), keys.position + cells["sliding_window"])
+def _window(held: dict[str, Any], keys: _Keys) -> Rows:
+    return Rows(torch.full_like(keys.position, -_FAR), keys.position + held["sliding_window"])
 
 
-def _window_both_ways(cells: dict[str, Any], keys: _Keys) -> Rows:
-    return Rows(keys.position - cells["sliding_window"], keys.position + cells["sliding_window"] + 1)
+def _window_both_ways(held: dict[str, Any], keys: _Keys) -> Rows:
+    return Rows(keys.position - held["sliding_window"], keys.position + held["sliding_window"] + 1)
 
 
-def _chunked(cells: dict[str, Any], keys: _Keys) -> Rows:
-    size, start = cells["chunk_size"], cells["left_padding"].to(keys.position.device, torch.int64)[:, None]
+def _chunked(held: dict[str, Any], keys: _Keys) -> Rows:
+    size, start = held["chunk_size"], held["left_padding"].to(keys.position.device, torch.int64)[:, None]
     if keys.origin is not None:
         # Chunks are counted from the document's beginning, wherever its row put it.
         start = torch.maximum(start, keys.origin)
@@ -244,14 +221,14 @@ def _changes(values: Tensor) -> Tensor:
     return new
 
 
-def _packed(cells: dict[str, Any], keys: _Keys) -> Rows:
+def _packed(held: dict[str, Any], keys: _Keys) -> Rows:
     # Document numbers only grow along a row (a cumulative sum), so equal numbers are neighbours.
-    first, end = run_spans(_changes(cells["packed_sequence_mask"].to(keys.position.device)))
+    first, end = run_spans(_changes(held["packed_sequence_mask"].to(keys.position.device)))
     return Rows(first[:, keys.position], end[:, keys.position])
 
 
-def _blockwise(cells: dict[str, Any], keys: _Keys) -> Rows | None:
-    ids = cells["block_sequence_ids"].to(keys.position.device)
+def _blockwise(held: dict[str, Any], keys: _Keys) -> Rows | None:
+    ids = held["block_sequence_ids"].to(keys.position.device)
     new = _changes(ids)
     first, end = run_spans(new)
     # One run a block is what makes it an interval: block numbers at the runs' first tokens must differ.
@@ -266,20 +243,20 @@ def _blockwise(cells: dict[str, Any], keys: _Keys) -> Rows | None:
     return _keep(Rows(first[:, at], end[:, at]), ids[:, at] >= 0)
 
 
-def _padding(cells: dict[str, Any], keys: _Keys) -> Rows:
-    kept = cells["padding_mask"].to(keys.position.device, torch.bool)[:, keys.position]
+def _padding(held: dict[str, Any], keys: _Keys) -> Rows:
+    kept = held["padding_mask"].to(keys.position.device, torch.bool)[:, keys.position]
     everywhere = torch.full_like(keys.position, _FAR)
     return _keep(Rows(-everywhere, everywhere), kept)
 
 
 # Pairs, not a dict: torch.compile cannot guard a dict with code objects for keys.
 _LEAVES: tuple[tuple[CodeType | None, Callable[[dict[str, Any], _Keys], Rows | None]], ...] = (
-    (_WINDOW, _window),
-    (_WINDOW_BOTH_WAYS, _window_both_ways),
-    (_CHUNKED, _chunked),
-    (_BLOCKWISE, _blockwise),
-    (_PADDING, _padding),
-    (_PACKED, _packed),
+    (closures.WINDOW, _window),
+    (closures.WINDOW_BOTH_WAYS, _window_both_ways),
+    (closures.CHUNKED, _chunked),
+    (closures.BLOCKWISE, _blockwise),
+    (closures.PADDING, _padding),
+    (closures.PACKED, _packed),
 )
 
 

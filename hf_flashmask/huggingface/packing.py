@@ -76,7 +76,9 @@ def _rebuild(bounds: Tensor, causal: bool, q_len: int, documents_known: bool) ->
 
 
 def documents_from_position_ids(position_ids: Tensor, seq_len: int, kept: Tensor | None) -> Documents | None:
-    """A document begins at every position 0, the rule of Transformers' own FlashAttention path.
+    """A document begins wherever a row is at its lowest position, the rule of Transformers' own FlashAttention path.
+
+    That is 0, except where a model counts from another number (RoBERTa's from 2).
 
     Args:
         kept: bool ``[B|1, S]``, False for padding, whose positions mean nothing: ``generate`` fills them with 0 or 1,
@@ -87,8 +89,19 @@ def documents_from_position_ids(position_ids: Tensor, seq_len: int, kept: Tensor
     """
     if position_ids.ndim != 2 or position_ids.shape[1] != seq_len or position_ids.is_floating_point():
         return None
-    new = position_ids == 0
-    return Documents(*run_spans(new if kept is None else new & kept.to(new.device)))
+    if kept is None:
+        return Documents(*run_spans(position_ids == position_ids.amin(1, keepdim=True)))
+    kept = kept.to(position_ids.device)
+    padding = torch.iinfo(position_ids.dtype).max
+    lowest = torch.where(kept, position_ids, padding).amin(1, keepdim=True)
+    return Documents(*run_spans((position_ids == lowest) & kept))
+
+
+def documents_from_seq_idx(seq_idx: Tensor) -> Documents:
+    """``[B, S]`` with the number of every token's document, as recurrent layers are told of them."""
+    new = torch.ones_like(seq_idx, dtype=torch.bool)
+    new[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    return Documents(*run_spans(new))
 
 
 def documents_from_cu_seqlens(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q_len: int, kv_len: int) -> Documents:
@@ -100,17 +113,25 @@ def documents_from_cu_seqlens(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q_len:
 
 
 def split_documents(
-    mask: ColumnMask, position_ids: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
+    mask: ColumnMask,
+    position_ids: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seq_idx: Tensor | None = None,
 ) -> ColumnMask:
     """The mask cut to the documents that the attention kwargs tell of; once a forward, whatever the number of layers.
 
-    ``cu_seqlens`` always hold; ``position_ids`` only for a mask of Transformers' that does not know its documents yet.
+    ``cu_seqlens`` always hold, ``seq_idx`` for masks of Transformers', and ``position_ids`` for those among them that
+    do not know their documents yet.
     """
     if cu_seqlens_q is not None:
         given = (cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k)
         return _once(mask, given, lambda: documents_from_cu_seqlens(*given, mask.q_len, mask.kv_len))
-    undecided = isinstance(mask, BuiltMask) and not mask.documents_known and mask.q_len == mask.kv_len
-    if undecided and position_ids is not None:
+    if not isinstance(mask, BuiltMask) or mask.q_len != mask.kv_len:
+        return mask
+    if seq_idx is not None and seq_idx.ndim == 2 and seq_idx.shape[1] == mask.q_len:
+        return _once(mask, (seq_idx,), lambda: documents_from_seq_idx(seq_idx))
+    if position_ids is not None and not mask.documents_known:
         return _once(mask, (position_ids,), lambda: documents_from_position_ids(position_ids, mask.q_len, _seen(mask)))
     return mask
 
@@ -150,6 +171,8 @@ def install() -> None:
     """
     from transformers import masking_utils
 
+    from .sequence_parallel import refuse_lost_mask
+
     stock = masking_utils._preprocess_mask_arguments
     if hasattr(stock, "_hf_flashmask"):
         return
@@ -171,6 +194,8 @@ def install() -> None:
         **kwargs: Any,
     ) -> Any:
         if config._attn_implementation == NAME:
+            # A 4D tensor is returned as it is, so the mask interface never sees it.
+            refuse_lost_mask(attention_mask)
             _local.position_ids = position_ids
         return stock(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs)
 

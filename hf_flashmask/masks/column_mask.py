@@ -159,11 +159,20 @@ class ColumnMask:
         return self._bounds.device
 
     def to(self, *args: Any, **kwargs: Any) -> ColumnMask:
-        """Moves to a device. As for a tensor; a dtype is accepted and ignored, since bounds are always int32."""
+        """Moves to a device. As for a tensor; a dtype is accepted and ignored, since bounds are always int32.
+
+        The same device gives the same mask, so that all layers on it share what was planned for it.
+        """
         device, _, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         if device is None or torch.device(device) == self.device:
             return self
-        return self._moved(self._bounds.to(device, non_blocking=non_blocking))
+        key = ("to", torch.device(device))
+        if key not in self._cache:
+            # Outside inference mode: a later training step may use what an evaluation step moved.
+            with torch.inference_mode(False):
+                self._cache[key] = self._moved(self._bounds.to(device, non_blocking=non_blocking))
+        moved: ColumnMask = self._cache[key]
+        return moved
 
     def cuda(self, device: Any = None) -> ColumnMask:
         return self.to(

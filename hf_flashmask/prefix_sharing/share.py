@@ -73,7 +73,8 @@ def share_prompts(model: nn.Module, *, verify: str | None = None) -> SharedPromp
     before. Works in place on the backbone; calling it again returns the handle that there is.
 
     Args:
-        model: a Transformers model, or a PEFT model around one, with ``attn_implementation="flashmask"``.
+        model: a Transformers model with ``attn_implementation="flashmask"``, or a PEFT model or
+            ``DistributedDataParallel`` around one; before or after FSDP2's ``fully_shard``.
         verify: "first" runs the first batch both ways, without dropout, and compares hidden states and, where gradients
             are on, the gradient of every trained parameter. Costs two forwards and two backwards once.
 
@@ -104,6 +105,14 @@ def _backbone(model: Any) -> Any:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a Transformers model, got {type(model).__name__}")
     whole: Any = model
+    if isinstance(whole, nn.DataParallel):
+        raise NotImplementedError(
+            "nn.DataParallel copies the model without what is set on it; start one process a GPU (torchrun, accelerate "
+            "launch), which is faster too"
+        )
+    # DistributedDataParallel runs the module inside; FSDP2 changes a module's class and keeps what is set on it.
+    if not hasattr(whole, "config") and isinstance(getattr(whole, "module", None), nn.Module):
+        whole = whole.module
     if hasattr(whole, "peft_config"):
         for name, config in whole.peft_config.items():
             if getattr(config, "is_prompt_learning", False):
