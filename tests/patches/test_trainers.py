@@ -162,11 +162,13 @@ def test_dpo_of_models_that_the_trainer_makes_resumed(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("pairs", [1, 2])
 def test_reward(pairs, tokenizer, tmp_path):
-    """Two answers a question, and four as two pairs."""
+    """Two answers a question with a margin, which TRL hands to the model too, and four as two pairs."""
     rows = preferences(pairs=pairs).map(
         lambda row: {side: row["prompt"] + row[side] for side in ("chosen", "rejected")}
     )
     rows = rows.remove_columns("prompt")
+    if pairs == 1:
+        rows = rows.add_column("margin", [0.1 * i for i in range(len(rows))])
     base = tiny("llama", "sdpa").config
 
     def run(implementation, flag):
