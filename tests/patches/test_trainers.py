@@ -160,8 +160,8 @@ def test_dpo_of_models_that_the_trainer_makes_resumed(tokenizer, tmp_path):
     assert_same(ours[:3], stock[:3])
 
 
-@pytest.mark.parametrize("pairs", [1, 2])
-def test_reward(pairs, tokenizer, tmp_path):
+@pytest.mark.parametrize(("pairs", "options"), [(1, {}), (2, {}), (2, {"peft": True, "gradient_checkpointing": True})])
+def test_reward(pairs, options, tokenizer, tmp_path):
     """Two answers a question with a margin, which TRL hands to the model too, and four as two pairs."""
     rows = preferences(pairs=pairs).map(
         lambda row: {side: row["prompt"] + row[side] for side in ("chosen", "rejected")}
@@ -170,18 +170,22 @@ def test_reward(pairs, tokenizer, tmp_path):
     if pairs == 1:
         rows = rows.add_column("margin", [0.1 * i for i in range(len(rows))])
     base = tiny("llama", "sdpa").config
+    options = dict(options)
+    adapter = peft.LoraConfig(r=4, task_type="SEQ_CLS") if options.pop("peft", False) else None
 
     def run(implementation, flag):
         config = LlamaConfig(**{**copy.deepcopy(base).to_dict(), "num_labels": 1})
         config._attn_implementation = implementation
         torch.manual_seed(0)
+        model = LlamaForSequenceClassification(config)
         arguments = RewardConfig(
             str(tmp_path),
-            **{**TRAINING, **flag, "per_device_train_batch_size": 4},
+            **{**TRAINING, **flag, "per_device_train_batch_size": 4, **options},
             train_sampling_strategy="sequential",
         )
+        torch.manual_seed(0)
         trainer = RewardTrainer(
-            LlamaForSequenceClassification(config), args=arguments, train_dataset=rows, processing_class=tokenizer
+            model, args=arguments, train_dataset=rows, processing_class=tokenizer, peft_config=adapter
         )
         return *train(trainer), trainer
 
@@ -190,8 +194,19 @@ def test_reward(pairs, tokenizer, tmp_path):
     assert handle.merged_tokens < (0.75 if pairs == 1 else 0.55) * handle.rows_tokens
 
 
-@pytest.mark.parametrize("precompute", [False, True])
-def test_kto(precompute, tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"precompute_ref_log_probs": True},
+        {"peft": True, "gradient_checkpointing": True},
+        {"loss_type": "apo_zero_unpaired"},
+    ],
+    ids=str,
+)
+def test_kto(options, tokenizer, tmp_path):
+    options = dict(options)
+    adapter = lora() if options.pop("peft", False) else None
     rows = [
         {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
         for row in preferences()
@@ -199,13 +214,12 @@ def test_kto(precompute, tokenizer, tmp_path):
     ]
 
     def run(implementation, flag):
-        arguments = KTOConfig(
-            str(tmp_path), precompute_ref_log_probs=precompute,
-            **{**TRAINING, **flag, "per_device_train_batch_size": 6},
-        )  # fmt: skip
+        arguments = KTOConfig(str(tmp_path), **{**TRAINING, **flag, "per_device_train_batch_size": 6, **options})
+        own_reference = adapter is None and "precompute_ref_log_probs" not in options
+        torch.manual_seed(0)
         trainer = KTOTrainer(
-            tiny("llama", implementation), None if precompute else tiny("llama", implementation, 1), arguments,
-            train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+            tiny("llama", implementation), tiny("llama", implementation, 1) if own_reference else None, arguments,
+            train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=adapter,
         )  # fmt: skip
         return *train(trainer), trainer
 
@@ -314,7 +328,7 @@ def test_one_loss_of_groups(trainer_type, model_type, options, tokenizer, tmp_pa
         ("grpo", {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}),
         ("grpo", {"peft": True, "beta": 0.1, "gradient_checkpointing": True}),
         ("rloo", {"beta": 0.1}),
-        ("rloo", {"gradient_accumulation_steps": 2}),
+        ("rloo", {"peft": True, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}),
     ],
     ids=str,
 )
