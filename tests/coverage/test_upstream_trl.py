@@ -92,6 +92,7 @@ def test_a_checkout(pytester, monkeypatch):
         assert why in row.message
     line = report.table(list(rows.values())).splitlines()[-1].split()
     assert line[:9] == ["test_dpo_trainer.py", "shared", "4", "2", "1", "0", "1", "1", "1"]
+    assert line[-1] == "1/1"
 
 
 def _script(name):

@@ -15,6 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import datasets
+import transformers
+
 from . import report, standins
 from .plugin import MODES, SHARED
 
@@ -45,6 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
         ]
         missing = [run for run in wanted if not run[2].exists()]
         if missing:
+            transformers.utils.logging.disable_progress_bar()
+            datasets.disable_progress_bars()
             standins.build(given.checkout.resolve(), folder)
         for mode, name, out in missing:
             print(f"{name}: {mode}", file=sys.stderr, flush=True)

@@ -12,6 +12,9 @@ from hf_flashmask.bench.measure import table as text_table
 
 from .plugin import STOCK
 
+# Losses of all steps within this of each other are the same curve.
+CLOSE = 1e-4
+
 
 class Row(NamedTuple):
     """One test in one mode beside the same test with TRL's own attention."""
@@ -71,20 +74,21 @@ def write(path: Path, rows: Sequence[Row]) -> None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line for every file and mode: how many tests end how."""
+    """A line for every file and mode: how many tests end how, and how far losses of those that pass lie apart."""
     lines = []
-    groups = sorted({(row.test.split("::")[0], row.mode) for row in rows})
-    for file, mode in groups:
+    for file, mode in sorted({(row.test.split("::")[0], row.mode) for row in rows}):
         group = [row for row in rows if row.test.split("::")[0] == file and row.mode == mode]
+        stock = [row for row in group if row.stock == "passed"]
         passed = [row for row in group if row.ours == "passed"]
-        lost = [row for row in group if row.stock == "passed" and row.ours not in ("passed", "refused")]
-        first = max((row.first_difference for row in passed if row.first_difference >= 0), default=math.nan)
-        lines.append(
-            [
-                file, mode, str(len(group)), str(sum(row.stock == "passed" for row in group)), str(len(passed)),
-                str(sum(row.ours == "refused" for row in group)), str(len(lost)),
-                str(sum(row.calls > 0 for row in passed)), str(sum(row.shared for row in passed)), f"{first:.1e}",
-            ]
-        )  # fmt: skip
-    header = ["file", "mode", "tests", "stock passes", "ours passes", "refused", "lost", "ran ours", "shared", "loss"]
-    return text_table(header, lines)
+        refused = [row for row in stock if row.ours == "refused"]
+        lost = [row for row in stock if row.ours not in ("passed", "refused")]
+        trained = [row for row in passed if not math.isnan(row.first_difference)]
+        first = max((row.first_difference for row in trained), default=math.nan)
+        # Counted, since one training in half precision would decide a maximum.
+        close = sum(row.largest_difference <= CLOSE for row in trained)
+        counts = [group, stock, passed, refused, lost, [r for r in passed if r.calls], [r for r in passed if r.shared]]
+        lines.append([file, mode, *(str(len(c)) for c in counts), f"{first:.1e}", f"{close}/{len(trained)}"])
+    return text_table(
+        ["file", "mode", "tests", "stock", "ours", "refused", "lost", "ran ours", "shared", "first loss", "same curve"],
+        lines,
+    )
