@@ -118,6 +118,9 @@ def test_outcomes_are_compared():
     assert row(record(), record("failed", "padding")).ours == "failed"
     assert row(record(losses=[1.0, 4.0]), record(losses=[1.0, 5.0])).largest_difference == 0.25
     assert row(record(losses=[1.0]), record(losses=[1.0, 1.0])).first_difference == torch.inf
+    nan = float("nan")
+    assert row(record(losses=[1.0, nan]), record(losses=[1.0, nan])).largest_difference == 0
+    assert row(record(losses=[nan]), record(losses=[1.0])).first_difference == torch.inf
     assert "  1.0e+00" in report.table([row(record(losses=[0.0]), record(losses=[1.0]))])
     with pytest.raises(KeyError):
         report.compare({"stock": [], "attention": [record()]})

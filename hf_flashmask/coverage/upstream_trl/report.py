@@ -63,7 +63,13 @@ def _outcome(outcome: str, message: str) -> str:
 def _differences(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     if len(ours) != len(theirs):
         return [math.inf] if ours or theirs else []
-    return [abs(a - b) / max(1.0, abs(b)) for a, b in zip(ours, theirs, strict=True)]
+    return [_difference(a, b) for a, b in zip(ours, theirs, strict=True)]
+
+
+def _difference(ours: float, theirs: float) -> float:
+    if math.isfinite(ours) and math.isfinite(theirs):
+        return abs(ours - theirs) / max(1.0, abs(theirs))
+    return 0.0 if str(ours) == str(theirs) else math.inf
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
