@@ -36,7 +36,8 @@ class TestDPO:
     @pytest.mark.parametrize("steps", [2])
     def test_train(self, steps, tmp_path):
         data = load_dataset("trl-internal-testing/zen", "preference", split="train", streaming=True)
-        args = DPOConfig(str(tmp_path), max_steps=steps, report_to="none", use_cpu=True, per_device_train_batch_size=4)
+        args = DPOConfig(str(tmp_path), max_steps=steps, report_to="none", use_cpu=True, per_device_train_batch_size=2,
+                         gradient_accumulation_steps=2)
         trainer = DPOTrainer(MODEL, args=args, train_dataset=data)
         before = trainer.model.lm_head.weight.clone()
         trainer.train()
@@ -82,7 +83,7 @@ def test_a_checkout(pytester, monkeypatch):
     assert len(rows) == 4
     row = rows["test_train[2]"]
     assert (row.stock, row.ours, row.shared) == ("passed", "passed", True), row
-    assert row.calls == 2 * 2 * 3  # steps; layers; the policy, its recomputation and the reference
+    assert row.calls == 2 * 2 * 2 * 3  # steps; micro-batches; layers; the policy, its recomputation and the reference
     assert 0 <= row.first_difference <= row.largest_difference < 1e-5
     assert len(records["stock"][0]["losses"]) == 2
     assert (rows["test_attention_by_name"].stock, rows["test_attention_by_name"].ours) == ("passed", "failed")

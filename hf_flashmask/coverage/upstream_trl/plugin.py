@@ -41,6 +41,7 @@ class Judge:
         self._out = out
         self._undo: list[Any] = []
         self._result: dict[str, Any] = {}
+        self._step_loss = 0.0
 
     # ---- before and after all tests ----
 
@@ -112,10 +113,15 @@ class Judge:
         return __init__
 
     def _recording(self, stock: Any) -> Any:
+        """Micro-batches of a step are added up: with shared prompts GRPO and RLOO put other rows into each of them."""
+
         @functools.wraps(stock)
-        def training_step(*args: Any, **kwargs: Any) -> Any:
-            loss = stock(*args, **kwargs)
-            self._result["losses"].append(float(loss))
+        def training_step(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+            loss = stock(trainer, *args, **kwargs)
+            self._step_loss += float(loss)
+            if trainer.accelerator.sync_gradients:
+                self._result["losses"].append(self._step_loss)
+                self._step_loss = 0.0
             return loss
 
         return training_step
@@ -141,6 +147,7 @@ class Judge:
         import torch
 
         self._result = {"test": _test_name(item), "outcome": "passed", "message": "", "losses": []}
+        self._step_loss = 0.0
         random.seed(0)
         numpy.random.seed(0)  # noqa: NPY002 (what the tests themselves may draw from)
         torch.manual_seed(0)
