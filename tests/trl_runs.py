@@ -85,7 +85,11 @@ def assert_same(ours, stock, losses=True):
             assert float((got[name] - wanted[name]).norm()) <= 1e-5 * max(1e-2, float(wanted[name].norm())), name
     for got, wanted in zip(ours[2], stock[2], strict=True):
         assert got.keys() == wanted.keys()
+        # Where policy and reference are still the same, which reward is larger is a matter of rounding.
+        undecided = abs(wanted.get("rewards/margins", 1.0)) < 1e-6
         for name in wanted:
+            if undecided and name == "rewards/accuracies":
+                continue
             assert got[name] == pytest.approx(wanted[name], abs=1e-5, rel=1e-5), name
 
 

@@ -31,6 +31,7 @@ _NO_EFFECT = frozenset(
         "labels",
         "layer_idx",
         "logits_to_keep",
+        "margin",  # of rewards; TRL's RewardTrainer hands all columns of its batch to the model
         "max_length_k",
         "max_length_q",
         "num_items_in_batch",

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_flashmask.masks import ColumnMask
@@ -55,29 +54,31 @@ def merge_rows(
         if t is not None and (t.ndim != 2 or t.shape[1] != length or t.shape[0] not in (1, n_rows)):
             raise ValueError(f"{name} must be [{n_rows}, {length}] like input_ids, got shape {tuple(t.shape)}")
     at = torch.arange(length, device=device)
-    real = torch.ones_like(input_ids, dtype=torch.bool)
-    if attention_mask is not None:
+    if attention_mask is None:
+        real = torch.ones_like(input_ids, dtype=torch.bool)
+    else:
         real = (attention_mask != 0).to(device).expand(n_rows, length)
-    positions = at.expand(n_rows, length) if position_ids is None else position_ids.to(device).expand(n_rows, length)
 
     # Rows moved to the left: token t of a row is its t-th real one.
     lengths = real.sum(1)
-    first = real.to(torch.int8).argmax(1)
-    source = (first[:, None] + at).clamp(max=length - 1)
-    tokens, positions = input_ids.gather(1, source), positions.gather(1, source)
+    first = real.view(torch.uint8).argmax(1)
+    source = (first[:, None] + at).clamp_(max=length - 1)
     inside = at < lengths[:, None]
-    holes = (real != ((at >= first[:, None]) & (at < (first + lengths)[:, None]))).any()
-    jumps = (inside & (positions != positions[:, :1] + at)).any()
+    holes = inside > real.gather(1, source)
+    wrong, first_position = holes, first
+    if position_ids is not None:
+        positions = position_ids.to(device, torch.int64).expand(n_rows, length).gather(1, source)
+        first_position = positions[:, 0]
+        wrong = holes | (inside & (positions != first_position[:, None] + at))
 
-    order, shared = _sort(tokens, positions[:, 0], lengths)
-    lengths, tokens, positions = lengths[order], tokens[order], positions[order]
-    added = lengths - shared
-    start = added.cumsum(0) - added
-    facts = torch.stack((added.sum(), lengths.sum(), holes.long(), jumps.long()))
-    total, rows_tokens, any_holes, any_jumps = (int(x) for x in facts.tolist())
-    if any_holes:
+    rank, order, shared = _sort(input_ids.gather(1, source), inside, first_position)
+    added = lengths[order] - shared
+    ends = added.cumsum(0)
+    start = ends - added
+    total, rows_tokens, n_wrong = torch.stack((ends[-1], lengths.sum(), wrong.sum())).tolist()
+    if n_wrong and bool(holes.any()):
         raise NotImplementedError("a row has padding between its tokens; padding must be before or after them")
-    if any_jumps:
+    if n_wrong:
         raise NotImplementedError(
             "position_ids do not rise by one along a row, so the row is packed already; prompts are shared between "
             "rows, give one sequence a row"
@@ -85,52 +86,54 @@ def merge_rows(
     if total == 0:
         raise ValueError("attention_mask is 0 everywhere: there are no tokens")
 
-    # Where row s puts its t-th token, if it is new; a place beyond the end takes the others.
-    new = (at >= shared[:, None]) & (at < lengths[:, None])
-    place = torch.where(new, start[:, None] + at - shared[:, None], total).flatten()
-
-    def packed(values: Tensor) -> Tensor:
-        return values.new_zeros(total + 1).scatter_(0, place, values.reshape(-1))[:total]
-
-    # A token is seen until a later row parts before or at it.
-    parts = torch.where(shared[:, None] <= at, start[:, None], total)
-    until = parts.flip(0).cummin(0).values.flip(0)
-    until = torch.cat((until[1:], torch.full_like(until[:1], total)))
-    bounds = packed(until).to(torch.int32).view(1, 1, 1, total)
-    # The row that brought the t-th token of row s: the last one so far that had parted by then.
-    row = torch.arange(n_rows, device=device)[:, None]
-    owner = torch.where(shared[:, None] <= at, row, 0).cummax(0).values
-    index = torch.empty_like(owner)
-    index[order] = start[owner] + at - shared[owner]
-    index = index.gather(1, (at - first[:, None]).clamp(min=0)).masked_fill(~real, 0)
+    row = torch.arange(n_rows, device=device)
+    parted = shared[:, None] <= at
+    # A token is seen until a later row parts before or at it. From the last row to the second, after one that is none.
+    later = -row % n_rows
+    start_later = start.index_fill(0, row[:1], total)[later]
+    until = torch.where(parted[later], start_later[:, None], total).cummin(0).values
+    # Place p of the merged row has token p - offset of the row that brought it.
+    offset = start - shared
+    tables = torch.stack((order * length + first[order], first_position[order], (n_rows - 1 - row) * length)) - offset
+    brought_by = torch.repeat_interleave(added, output_size=total)
+    token, position, end = tables[:, brought_by] + torch.arange(total, device=device)
+    bounds = until.view(-1)[end].to(torch.int32).view(1, 1, 1, total)
+    # A row has its t-th token from the last row so far that had parted by then.
+    owner = (parted * row[:, None]).cummax(0).values
+    t = (at - first[:, None]).clamp_(min=0)
+    places = torch.where(real, offset[owner[rank].gather(1, t)] + t, 0)
     return MergedRows(
-        packed(tokens)[None], packed(positions)[None], ColumnMask(bounds, causal=True), index, real, rows_tokens
+        input_ids.reshape(-1)[token][None], position[None], ColumnMask(bounds, causal=True), places, real, rows_tokens
     )
 
 
-def _sort(tokens: Tensor, first_position: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows in lexicographic order, and how many tokens each begins with as the one before it: int64 ``[N]`` both.
+def _sort(tokens: Tensor, inside: Tensor, first_position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows in lexicographic order: the place of each in it, the rows in it, and how many tokens each of those begins
+    with as the one before it; int64 ``[N]`` all.
 
-    Positions rise by one along a row (others are refused), so rows at different ones differ from their first token on.
+    Rows that begin at different positions have nothing in common: positions rise by one along a row (others are
+    refused), so their first one stands for all. It comes before the tokens, and behind them numbers that no other row
+    has and that are less than any token, so that two rows always differ somewhere and a row stands before those that
+    it begins.
     """
     n_rows, length = tokens.shape
-    common = torch.empty(n_rows, n_rows, dtype=torch.int64, device=tokens.device)
-    # The comparison is all the work. A column in which rows always differ spares asking whether they do anywhere.
-    left, right = (F.pad(tokens, (0, 1), value=end) for end in (0, 1))
-    # A byte a pair and column, so larger blocks than usual: launches are what takes time.
+    end = ~torch.arange(n_rows, device=tokens.device)[:, None]
+    parts = (first_position[:, None], torch.where(inside, tokens, end), end.expand(n_rows, 1 + length % 2))
+    symbols = torch.cat(parts, 1).to(torch.int32)
+    # The comparison is all the work, so it takes two symbols at a time.
+    pairs = symbols.view(torch.int64)
+    differ_at = torch.empty(n_rows, n_rows, dtype=torch.int64, device=tokens.device)
+    # A byte a pair of rows and column, so larger blocks than usual: launches are what takes time.
     for a, b in row_blocks(n_rows, n_rows * length // 16):
-        differ = left[a:b, None] != right
-        torch.argmax(differ.view(torch.uint8), -1, out=common[a:b])
-    common = common.minimum(torch.minimum(lengths[:, None], lengths))
-    common.masked_fill_(first_position[:, None] != first_position, 0)
-
-    goes_on = common < lengths[:, None]
-    # [i, j]: what row i goes on with after what it has in common with row j; -1 at its end.
-    token = torch.where(goes_on, tokens.gather(1, common.clamp(max=length - 1)), -1)
-    position = torch.where(goes_on, first_position[:, None], -1)
-    row = torch.arange(n_rows, device=tokens.device)
-    before = (token < token.T) | ((token == token.T) & (position < position.T))
-    before |= (token == token.T) & (position == position.T) & (row[:, None] < row)
-    order = torch.empty_like(row)
-    order[before.sum(0)] = row
-    return order, torch.cat((torch.zeros_like(row[:1]), common[order[:-1], order[1:]]))
+        differ = pairs[a:b, None] != pairs
+        torch.argmax(differ.view(torch.uint8), -1, out=differ_at[a:b])
+    differ_at *= 2
+    of_pair = symbols.gather(1, differ_at)
+    differ_at += of_pair == of_pair.T
+    # [i, j]: what row i goes on with where it parts from row j; all the same on the diagonal.
+    symbol = symbols.gather(1, differ_at)
+    rank = (symbol < symbol.T).sum(0)
+    order = torch.empty_like(rank).scatter_(0, rank, torch.arange(n_rows, device=tokens.device))
+    shared = differ_at[order.roll(1), order].sub_(1).clamp_(min=0)
+    shared[:1] = 0  # nothing stands before the first
+    return rank, order, shared

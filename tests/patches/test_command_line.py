@@ -28,9 +28,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, launcher, script, *arguments, out="out"):
+def run(folder, command, *arguments, out="out"):
     command = [
-        *launcher, script, "--model_name_or_path", str(folder / "model"), "--output_dir", str(folder / out), *COMMON,
+        *command, "--model_name_or_path", str(folder / "model"), "--output_dir", str(folder / out), *COMMON,
         *arguments,
     ]  # fmt: skip
     environment = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -43,21 +43,17 @@ def logs(folder, out="out"):
     return [{k: v for k, v in log.items() if isinstance(v, float)} for log in state["log_history"]]
 
 
-def beside_python(name):
-    return [sys.executable, "-c", f"from {name} import main; main()"]
-
-
-FLASHMASK = [*beside_python("hf_flashmask.cli"), "trl"]
+FLASHMASK = [sys.executable, "-c", "from hf_flashmask.cli import main; main()", "trl", "dpo"]
 
 
 def test_dpo(folder):
     data = ["--dataset_name", str(folder / "preferences")]
     flags = ["--attn_implementation", "flashmask", "--padding_free", "true", "--num_processes", "1"]
-    code, output = run(folder, FLASHMASK, "dpo", *data, *flags)
+    code, output = run(folder, FLASHMASK, *data, *flags)
     assert code == 0, output[-3000:]
     assert "temporarily unavailable" not in output
-    stock = beside_python("trl.cli.main")
-    code, output = run(folder, stock, "dpo", *data, "--attn_implementation", "sdpa", out="stock")
+    stock = [sys.executable, "-m", "trl.scripts.dpo"]
+    code, output = run(folder, stock, *data, "--attn_implementation", "sdpa", out="stock")
     assert code == 0, output[-3000:]
     ours, wanted = logs(folder), logs(folder, "stock")
     assert len(ours) == len(wanted) == 2
@@ -68,7 +64,7 @@ def test_dpo(folder):
 def test_the_flag_arrives_in_the_child(folder):
     """Only a patched trainer refuses sdpa."""
     data = ["--dataset_name", str(folder / "preferences")]
-    child = [sys.executable, "-m", "hf_flashmask.trl_script"]
-    code, output = run(folder, child, "kto", *data, "--attn_implementation", "sdpa", "--padding_free", "true")
+    child = [sys.executable, "-m", "hf_flashmask.trl_script", "kto"]
+    code, output = run(folder, child, *data, "--attn_implementation", "sdpa", "--padding_free", "true")
     assert code != 0
     assert "padding_free=True: LlamaModel has attn_implementation='sdpa'" in output

@@ -86,7 +86,10 @@ def dpo(implementation, flag, tokenizer, folder, options, model_type="llama", pe
         {"loss_type": ["exo_pair"], "label_smoothing": 1e-3},
         {"ld_alpha": 0.5},
         {"use_weighting": True},
+        {"label_smoothing": 0.1},
         {"f_divergence_type": "js_divergence"},
+        {"f_divergence_type": "forward_kl"},
+        {"f_divergence_type": "alpha_divergence"},
         {"gradient_checkpointing": True},
         {"gradient_accumulation_steps": 2},
         {"precompute_ref_log_probs": True},
@@ -139,34 +142,50 @@ def test_dpo_of_models_that_the_trainer_makes_resumed(tokenizer, tmp_path):
         trainer = DPOTrainer(str(tmp_path / "model"), args=arguments, train_dataset=preferences(8))
         return *train(trainer, **options), trainer
 
-    ours, _ = both(run)
-    assert len(ours.shared_prompts) == 2
+    stock = run("sdpa", {})
     with patches.enabled():
+        ours = run("flashmask", {"padding_free": True})
         resumed = run("flashmask", {"padding_free": True}, resume_from_checkpoint=f"{tmp_path}/flashmask/checkpoint-2")
-    assert_shared(resumed[-1].shared_prompts)
-    same_parameters(resumed[-1].model, ours.model)
+    for losses, gradients, metrics, trainer in (ours, resumed):
+        assert len(trainer.shared_prompts) == 2
+        assert_shared(trainer.shared_prompts)
+        # The state that a checkpoint brings has the log of the steps before it; the summary at the end is of the rest.
+        # TRL counts its tokens anew after a checkpoint.
+        curves = [[{k: v for k, v in log.items() if k != "num_tokens"} for log in m[:4]] for m in (metrics, stock[2])]
+        assert_same((losses[-2:], gradients[-2:], curves[0]), (stock[0][-2:], stock[1][-2:], curves[1]))
+        assert len(metrics) == 5
+        same_parameters(trainer.model, stock[-1].model)
+    assert len(ours[0]) == len(stock[0]) == 4
+    assert len(resumed[0]) == 2
+    assert_same(ours[:3], stock[:3])
 
 
-@pytest.mark.parametrize("pairs", [1, 2])
-def test_reward(pairs, tokenizer, tmp_path):
-    """Two answers a question, and four as two pairs."""
+@pytest.mark.parametrize(("pairs", "options"), [(1, {}), (2, {}), (2, {"peft": True, "gradient_checkpointing": True})])
+def test_reward(pairs, options, tokenizer, tmp_path):
+    """Two answers a question with a margin, which TRL hands to the model too, and four as two pairs."""
     rows = preferences(pairs=pairs).map(
         lambda row: {side: row["prompt"] + row[side] for side in ("chosen", "rejected")}
     )
     rows = rows.remove_columns("prompt")
+    if pairs == 1:
+        rows = rows.add_column("margin", [0.1 * i for i in range(len(rows))])
     base = tiny("llama", "sdpa").config
+    options = dict(options)
+    adapter = peft.LoraConfig(r=4, task_type="SEQ_CLS") if options.pop("peft", False) else None
 
     def run(implementation, flag):
         config = LlamaConfig(**{**copy.deepcopy(base).to_dict(), "num_labels": 1})
         config._attn_implementation = implementation
         torch.manual_seed(0)
+        model = LlamaForSequenceClassification(config)
         arguments = RewardConfig(
             str(tmp_path),
-            **{**TRAINING, **flag, "per_device_train_batch_size": 4},
+            **{**TRAINING, **flag, "per_device_train_batch_size": 4, **options},
             train_sampling_strategy="sequential",
         )
+        torch.manual_seed(0)
         trainer = RewardTrainer(
-            LlamaForSequenceClassification(config), args=arguments, train_dataset=rows, processing_class=tokenizer
+            model, args=arguments, train_dataset=rows, processing_class=tokenizer, peft_config=adapter
         )
         return *train(trainer), trainer
 
@@ -175,8 +194,19 @@ def test_reward(pairs, tokenizer, tmp_path):
     assert handle.merged_tokens < (0.75 if pairs == 1 else 0.55) * handle.rows_tokens
 
 
-@pytest.mark.parametrize("precompute", [False, True])
-def test_kto(precompute, tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"precompute_ref_log_probs": True},
+        {"peft": True, "gradient_checkpointing": True},
+        {"loss_type": "apo_zero_unpaired"},
+    ],
+    ids=str,
+)
+def test_kto(options, tokenizer, tmp_path):
+    options = dict(options)
+    adapter = lora() if options.pop("peft", False) else None
     rows = [
         {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
         for row in preferences()
@@ -184,13 +214,12 @@ def test_kto(precompute, tokenizer, tmp_path):
     ]
 
     def run(implementation, flag):
-        arguments = KTOConfig(
-            str(tmp_path), precompute_ref_log_probs=precompute,
-            **{**TRAINING, **flag, "per_device_train_batch_size": 6},
-        )  # fmt: skip
+        arguments = KTOConfig(str(tmp_path), **{**TRAINING, **flag, "per_device_train_batch_size": 6, **options})
+        own_reference = adapter is None and "precompute_ref_log_probs" not in options
+        torch.manual_seed(0)
         trainer = KTOTrainer(
-            tiny("llama", implementation), None if precompute else tiny("llama", implementation, 1), arguments,
-            train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+            tiny("llama", implementation), tiny("llama", implementation, 1) if own_reference else None, arguments,
+            train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=adapter,
         )  # fmt: skip
         return *train(trainer), trainer
 
@@ -218,6 +247,78 @@ def lengths(completions, **_):
     return [float(len(text.split()) % 5) for text in completions]
 
 
+GROUPS = {"grpo": (GRPOConfig, FixedGRPO), "rloo": (RLOOConfig, FixedRLOO)}
+
+
+@pytest.mark.parametrize(
+    ("trainer_type", "model_type", "options"),
+    [
+        ("grpo", "llama", {}),
+        ("grpo", "qwen3", {"beta": 0.1, "loss_type": "bnpo"}),
+        ("grpo", "gpt2", {"loss_type": "dr_grpo", "epsilon_high": 0.3, "importance_sampling_level": "sequence"}),
+        ("grpo", "llama", {"peft": True, "beta": 0.1, "top_entropy_quantile": 0.5}),
+        ("rloo", "llama", {"beta": 0.1}),
+        ("rloo", "qwen3", {"peft": True, "beta": 0.1}),
+        ("rloo", "gpt2", {"beta": 0.1, "normalize_advantages": True}),
+    ],
+    ids=str,
+)
+def test_one_loss_of_groups(trainer_type, model_type, options, tokenizer, tmp_path):
+    """Loss, gradients, metrics and log-probabilities of the same completions, away from the policy that made them."""
+    options = dict(options)
+    adapter = lora(init_lora_weights=False) if options.pop("peft", False) else None
+    config_class, trainer_class = GROUPS[trainer_type]
+    prompts = Dataset.from_list([{"prompt": row["prompt"]} for row in preferences(8)])
+    tiny(model_type, "sdpa").save_pretrained(tmp_path / "model")
+
+    def run(implementation, flag):
+        arguments = config_class(
+            str(tmp_path / "out"), num_generations=4, max_completion_length=8,
+            model_init_kwargs={"attn_implementation": implementation},
+            **{**TRAINING, "disable_dropout": True, "per_device_train_batch_size": 16, **flag, **options},
+        )  # fmt: skip
+        torch.manual_seed(0)
+        trainer = trainer_class(
+            str(tmp_path / "model"), reward_funcs=lengths, args=arguments, train_dataset=prompts,
+            processing_class=tokenizer, peft_config=adapter,
+        )  # fmt: skip
+        passes, compute = [], trainer._get_per_token_logps_and_entropies
+
+        def recorded(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+            results = compute(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+            real = attention_mask[:, -logits_to_keep:].bool()
+            passes.append([t.detach()[real] for t in results[:2] if t is not None])
+            return results
+
+        trainer._get_per_token_logps_and_entropies = recorded
+        trainer.current_gradient_accumulation_steps = 1  # as the training loop sets it
+        model = trainer.model.train()
+        inputs = trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
+        with torch.no_grad():
+            ids, mask = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+            sampled = compute(model, ids, mask, inputs["completion_ids"].shape[1])[0]
+            # As if the completions were of another policy, so that ratios are clipped here and there.
+            noise = torch.randn(sampled.shape, generator=torch.Generator().manual_seed(0))
+            inputs["old_per_token_logps"] = sampled + 0.3 * noise
+        if trainer_type == "rloo":
+            inputs["old_logps"] = (inputs.pop("old_per_token_logps") * inputs["completion_mask"]).sum(1)
+        loss = trainer.compute_loss(model, inputs)
+        loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        metrics = {name: values[-1] for name, values in trainer._metrics["train"].items() if "time" not in name}
+        return [loss.detach()], [gradients], [metrics], passes, trainer
+
+    stock = run("sdpa", {})
+    with patches.enabled():
+        ours = run("flashmask", {"padding_free": True})
+    assert_shared(ours[-1].shared_prompts)
+    assert float(stock[0][0]) != 0
+    assert_same(ours[:3], stock[:3])
+    assert len(ours[3]) == len(stock[3]) > 0
+    for got, wanted in zip(ours[3], stock[3], strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("trainer_type", "options"),
     [
@@ -227,7 +328,7 @@ def lengths(completions, **_):
         ("grpo", {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}),
         ("grpo", {"peft": True, "beta": 0.1, "gradient_checkpointing": True}),
         ("rloo", {"beta": 0.1}),
-        ("rloo", {"gradient_accumulation_steps": 2}),
+        ("rloo", {"peft": True, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}),
     ],
     ids=str,
 )
@@ -235,7 +336,7 @@ def test_groups_of_completions(trainer_type, options, tokenizer, tmp_path):
     """Gradients of optimizer steps that span a generation batch do not depend on its shuffle; single losses do."""
     options = dict(options)
     adapter = lora() if options.pop("peft", False) else None
-    config_class, trainer_class = {"grpo": (GRPOConfig, FixedGRPO), "rloo": (RLOOConfig, FixedRLOO)}[trainer_type]
+    config_class, trainer_class = GROUPS[trainer_type]
     prompts = Dataset.from_list([{"prompt": row["prompt"]} for row in preferences(8)])
     tiny("llama", "sdpa").save_pretrained(tmp_path / "model")
 
