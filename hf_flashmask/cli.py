@@ -14,6 +14,8 @@ from typing import Any
 
 # Of coverage.build, which loads Transformers.
 KINDS = ("causal", "seq2seq", "masked", "multimodal", "vision", "tower")
+# Of diagnostics.show, which loads torch.
+MASKS_OF_LENGTHS = ("causal_document", "document", "share_question", "causal_blockwise")
 
 
 def _need(packages: Sequence[str], extra: str) -> None:
@@ -148,7 +150,43 @@ def _bench_table(args: argparse.Namespace) -> None:
         print(kernels.markdown(records.read(args.csv), args.head_dim, other=args.peer))
 
 
+def _env(args: argparse.Namespace) -> None:
+    from hf_flashmask.diagnostics import environment
+
+    print(environment.report())
+
+
+def _show(args: argparse.Namespace) -> None:
+    if args.out is not None:
+        _need(("matplotlib",), "viz")
+    from hf_flashmask.diagnostics import show
+
+    with _refusals():
+        if args.model is not None:
+            found = show.from_model(args.model, args.lengths or [args.length])
+        elif args.lengths is not None:
+            found = show.from_lengths(args.lengths, args.kind)
+        elif args.position_ids is not None:
+            found = show.from_position_ids(args.position_ids)
+        elif args.file is not None:
+            found = show.from_file(args.file)
+        else:
+            sys.exit("flashmask: what to show? --lengths, --position-ids, --file or --model")
+        if args.out is None:
+            print(show.text(found, args.size, batch=args.batch, head=args.head))
+        else:
+            show.picture(found, args.out, batch=args.batch, head=args.head)
+            print(f"wrote {args.out}")
+
+
 def _check(args: argparse.Namespace) -> None:
+    if args.models is None:
+        from hf_flashmask.diagnostics import selftest
+
+        print(f"Attention on this machine against float64, {args.seconds:.0f} seconds at most.", flush=True)
+        text, ok = selftest.run(args.seconds)
+        print("\n" + text)
+        sys.exit(not ok)
     from hf_flashmask.coverage import build, report, run
 
     known = [(kind, name) for kind in args.kinds or build.KINDS for name in build.model_types(kind)]
@@ -210,7 +248,9 @@ def parser() -> argparse.ArgumentParser:
     trl.add_argument("rest", nargs=argparse.REMAINDER)
     trl.set_defaults(run=_trl)
 
+    commands.add_parser("env", help="versions, devices, backends and tiles: for a bug report").set_defaults(run=_env)
     _add_check(commands)
+    _add_show(commands)
 
     bench = commands.add_parser("bench", help="measurements").add_subparsers(required=True, metavar="what")
     cpu = bench.add_parser("cpu", help="attention on this CPU, packed causal documents, against sdpa")
@@ -281,8 +321,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_check(commands: Any) -> None:
-    check = commands.add_parser("check", help="flashmask against eager, on tiny random models of every model type")
-    check.add_argument("--models", nargs="*", required=True, metavar="TYPE", help="model types, default all")
+    check = commands.add_parser(
+        "check", help="self-test of the kernels on this machine; with --models, every model type against eager"
+    )
+    check.add_argument(
+        "--seconds", type=float, default=60.0, help="of the self-test, after which it begins nothing (%(default)s)"
+    )
+    check.add_argument(
+        "--models", nargs="*", metavar="TYPE", help="tiny random models of these types against eager, default all types"
+    )
     check.add_argument("--kinds", nargs="+", choices=KINDS, help="default all")
     check.add_argument("--jobs", type=_positive, default=2, help="processes (%(default)s)")
     check.add_argument("--timeout", type=float, default=120.0, help="seconds a type (%(default)s)")
@@ -297,6 +344,23 @@ def _add_model(command: argparse.ArgumentParser, layers: int) -> None:
     command.add_argument("--heads", type=_positive, default=32, help="(%(default)s)")
     command.add_argument("--intermediate", type=_positive, default=11008, help="(%(default)s)")
     command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(%(default)s)")
+
+
+def _add_show(commands: Any) -> None:
+    show = commands.add_parser("show", help="draw a mask: of packed lengths, position_ids, a file or a model's layers")
+    show.add_argument("--lengths", type=_positive, nargs="+", metavar="N", help="tokens of packed documents")
+    show.add_argument(
+        "--kind", choices=MASKS_OF_LENGTHS, default="causal_document", help="what the lengths are of (%(default)s)"
+    )
+    show.add_argument("--position-ids", type=int, nargs="+", metavar="N", help="of packed documents or a prefix tree")
+    show.add_argument("--file", type=Path, metavar="MASK", help="dense mask, bool or additive, .pt or .npy")
+    show.add_argument("--model", metavar="TYPE", help="masks that layers of this model type get, windows shortened")
+    show.add_argument("--length", type=_positive, default=64, help="tokens of the model's row (%(default)s)")
+    show.add_argument("--size", type=_positive, default=32, help="most cells a side in the terminal (%(default)s)")
+    show.add_argument("--batch", type=int, default=0, help="row of the batch (%(default)s)")
+    show.add_argument("--head", type=int, default=0, help="(%(default)s)")
+    show.add_argument("--out", type=Path, metavar="PNG", help="write a picture instead")
+    show.set_defaults(run=_show)
 
 
 def _add_common(command: argparse.ArgumentParser, out: str) -> None:

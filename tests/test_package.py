@@ -18,7 +18,13 @@ LAYERS = [
     "hf_flashmask.attention",
     "hf_flashmask.masks",
 ]
-ABOVE_ALL = ["hf_flashmask.bench", "hf_flashmask.coverage", "hf_flashmask.cli", "hf_flashmask.trl_script"]
+ABOVE_ALL = [
+    "hf_flashmask.bench",
+    "hf_flashmask.cli",
+    "hf_flashmask.coverage",
+    "hf_flashmask.diagnostics",
+    "hf_flashmask.trl_script",
+]
 
 
 def python(code, **options):
