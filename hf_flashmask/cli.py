@@ -181,6 +181,9 @@ def _show(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     if args.models is None:
+        given = [name for name in ("kinds", "out", "against") if getattr(args, name) is not None]
+        if given:
+            sys.exit(f"flashmask: --{given[0]} goes with --models")
         from hf_flashmask.diagnostics import selftest
 
         print(f"Attention on this machine against float64, {args.seconds:.0f} seconds at most.", flush=True)
