@@ -133,6 +133,22 @@ def _bench_longest(args: argparse.Namespace) -> None:
     print(f"\nwrote {args.out}")
 
 
+def _bench_trainers(args: argparse.Namespace) -> None:
+    _need(("trl", "peft", "datasets", "matplotlib"), "trl,bench")
+    from hf_flashmask.bench import trainers
+
+    names = (
+        "layers", "hidden", "heads", "steps", "batch_size", "lr", "device", "out", "plot", "time_budget", "commit",
+        "command",
+    )  # fmt: skip
+    with _refusals():
+        setup = trainers.Setup(
+            tasks=tuple(args.tasks or trainers.TASKS), **{name: getattr(args, name) for name in names}
+        )
+        print("\n" + trainers.run(setup))
+    print("\n" + "\n".join(f"wrote {path}" for path in (args.out, args.plot) if path is not None))
+
+
 def _bench_plot(args: argparse.Namespace) -> None:
     _need(("matplotlib",), "bench")
     from hf_flashmask.bench import plots
@@ -310,13 +326,27 @@ def parser() -> argparse.ArgumentParser:
     _add_origin(longest, "longest.csv")
     longest.set_defaults(run=_bench_longest)
 
+    trainers = bench.add_parser("trainers", help="losses of TRL's trainers on GSM8K, flashmask against sdpa")
+    trainers.add_argument("--tasks", nargs="+", help="of sft, lora, dpo, reward; default all")
+    trainers.add_argument("--layers", type=_positive, default=3, help="(%(default)s)")
+    trainers.add_argument("--hidden", type=_positive, default=128, help="(%(default)s)")
+    trainers.add_argument("--heads", type=_positive, default=4, help="(%(default)s)")
+    trainers.add_argument("--steps", type=_positive, default=60, help="optimizer steps (%(default)s)")
+    trainers.add_argument("--batch-size", type=_positive, default=4, help="pairs of DPO and reward (%(default)s)")
+    trainers.add_argument("--lr", type=float, default=1e-3, help="AdamW's, after a short warm-up (%(default)s)")
+    trainers.add_argument("--plot", type=Path, metavar="PNG", help="also draw the curves")
+    _add_origin(trainers, "trainers.csv", device="cpu")
+    trainers.set_defaults(run=_bench_trainers)
+
     table = bench.add_parser("table", help="a Markdown table of what 'kernels' wrote")
     table.add_argument("csv", type=Path)
     table.add_argument("--head-dim", type=_positive, default=128, help="(%(default)s)")
     table.add_argument("--peer", default="flex", help="to compare with (%(default)s)")
     table.set_defaults(run=_bench_table)
 
-    plot = bench.add_parser("plot", help="a picture of what 'kernels', 'sparsity' or 'convergence' wrote")
+    plot = bench.add_parser(
+        "plot", help="a picture of what 'kernels', 'sparsity', 'convergence', 'train' or 'trainers' wrote"
+    )
     plot.add_argument("csv", type=Path)
     plot.add_argument("--out", type=Path, help="picture to write (the CSV's name with .png)")
     plot.set_defaults(run=_bench_plot)
@@ -372,9 +402,9 @@ def _add_common(command: argparse.ArgumentParser, out: str) -> None:
     _add_origin(command, out)
 
 
-def _add_origin(command: argparse.ArgumentParser, out: str) -> None:
+def _add_origin(command: argparse.ArgumentParser, out: str, device: str = "cuda") -> None:
     command.add_argument("--out", type=Path, default=Path(out), help="CSV to append rows to (%(default)s)")
-    command.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(%(default)s)")
+    command.add_argument("--device", choices=("cuda", "cpu"), default=device, help="(%(default)s)")
     command.add_argument("--time-budget", type=float, metavar="SECONDS", help="start no further case after this")
     command.add_argument("--commit", help="what to write as the commit (default: that of the checkout)")
 
