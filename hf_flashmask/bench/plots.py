@@ -246,7 +246,7 @@ def _trainers(rows: Sequence[Row]) -> Figure:
 
 
 _METHODS = {
-    "sdpa": ("sdpa, dense mask", "#e69f00", "///"),
+    "sdpa": ("sdpa", "#e69f00", "///"),
     "flex_attention": ("FlexAttention", "#009e73", "..."),
     "flashmask": ("flashmask", _OURS, ""),
     "flashmask_shared": ("flashmask, prompts shared", "#56b4e9", ""),

@@ -1,8 +1,8 @@
 """``flashmask bench trainers``: TRL's stock trainers on GSM8K, flashmask against dense attention, curve on curve.
 
 Packed SFT of all weights and of LoRA adapters, DPO, and a reward model: each once with sdpa, as TRL ships it, and twice
-with flashmask, where DPO and the reward model share their prompts. The model is small and random, in float32, the texts are
-those that ship with the package, nothing is downloaded. flashmask's two runs must agree in every bit.
+with flashmask, where DPO and the reward model share their prompts. The model is small and random, in float32; the texts
+ship with the package. flashmask's two runs must agree in every bit.
 """
 
 from __future__ import annotations
