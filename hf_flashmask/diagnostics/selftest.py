@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,9 +31,6 @@ class Kernel(NamedTuple):
     dtype: torch.dtype
     device: str
     head_dim: int
-
-    def __str__(self) -> str:
-        return f"{self.backend} {str(self.dtype).removeprefix('torch.')}, {self.device}"
 
 
 @dataclass(frozen=True)
@@ -115,19 +112,24 @@ def run(budget: float = 60.0, length: int | None = None) -> tuple[str, bool]:
         rows[case.name][kernel] = _cell(case, kernel, n)
     cells = [cell for row in rows.values() for cell in row.values()]
     failed = sum(not cell.ok for cell in cells)
-    text = [
-        table(
-            ("mask", *(str(kernel) for kernel in columns)),
-            [(name, *(row[kernel].text for kernel in columns)) for name, row in rows.items()],
-        ),
-        "",
-        *reasons,
-        "Worst error of out, lse and every gradient, of one row, over what rounding explains; ok up to 1.",
-    ]
+    text = [_table(where, [k for k in columns if (k.backend, k.device) == where], rows) for where in _places(columns)]
+    text += [*reasons, ""] if reasons else []
+    text.append("Worst error of out, lse and every gradient, of one row, over what rounding explains; ok up to 1.")
     if late:
         text.append(f"{late} not run: {budget:.0f} s were over. Compiled kernels are kept: run it again.")
     text.append(f"{failed} of {len(cells) - late} failed" if failed else f"all {len(cells) - late} ok")
     return "\n".join(text), not failed
+
+
+def _places(columns: list[Kernel]) -> list[tuple[str, str]]:
+    """Pairs of a backend and a device."""
+    return list(dict.fromkeys((kernel.backend, kernel.device) for kernel in columns))
+
+
+def _table(where: tuple[str, str], columns: list[Kernel], rows: Mapping[str, Mapping[Kernel, Cell]]) -> str:
+    header = (f"{where[0]}, {where[1]}", *(str(kernel.dtype).removeprefix("torch.") for kernel in columns))
+    cells = [(name, *(row[kernel].text for kernel in columns)) for name, row in rows.items()]
+    return table(header, cells) + "\n"
 
 
 def _order(columns: list[Kernel]) -> Iterator[tuple[Case, Kernel]]:

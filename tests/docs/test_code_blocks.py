@@ -4,6 +4,7 @@ Blocks of a page share their names and run in order, in a folder where the model
 What a block needs that is not here, its title says to the reader: ``title="needs ..."``.
 """
 
+import logging
 import shlex
 
 import pytest
@@ -78,6 +79,7 @@ def names(models, monkeypatch):
         checked(config)
 
     monkeypatch.setattr(base_config._BaseConfig, "__post_init__", on_a_cpu)
+    loggers = [(logger, logger.level, list(logger.handlers)) for logger in map(logging.getLogger, ("", "hf_flashmask"))]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield {
@@ -92,6 +94,9 @@ def names(models, monkeypatch):
         "idx": torch.full((1, 1, 9, 1), 9, dtype=torch.int32),
     }  # fmt: skip
     torch.set_num_threads(threads)
+    for logger, level, handlers in loggers:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
     patches.disable()
 
 

@@ -29,7 +29,9 @@ def code(cell):
 def plain_process(monkeypatch):
     """One thread, no window, and nothing left on: notebooks run in this process, for their imports' sake."""
     import torch
+    from transformers.utils import logging
 
+    verbosity = logging.get_verbosity()
     monkeypatch.setenv("MPLBACKEND", "Agg")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -39,6 +41,7 @@ def plain_process(monkeypatch):
 
     from hf_flashmask import patches
 
+    logging.set_verbosity(verbosity)
     plt.close("all")
     patches.disable()
 
