@@ -333,7 +333,7 @@ def parser() -> argparse.ArgumentParser:
     trainers.add_argument("--heads", type=_positive, default=4, help="(%(default)s)")
     trainers.add_argument("--steps", type=_positive, default=60, help="optimizer steps (%(default)s)")
     trainers.add_argument("--batch-size", type=_positive, default=4, help="pairs of DPO and reward (%(default)s)")
-    trainers.add_argument("--lr", type=float, default=1e-3, help="AdamW's, after a short warm-up (%(default)s)")
+    trainers.add_argument("--lr", type=float, help="AdamW's, after a short warm-up (1e-3, of the reward model 3e-4)")
     trainers.add_argument("--plot", type=Path, metavar="PNG", help="also draw the curves")
     _add_origin(trainers, "trainers.csv", device="cpu")
     trainers.set_defaults(run=_bench_trainers)

@@ -144,6 +144,6 @@ def test_trls_trainers_followed_dense_attention():
     for task in ("sft", "lora", "dpo", "reward"):
         ours, again, dense = (curves[task, method] for method in ("flashmask", "flashmask again", "sdpa"))
         assert len(dense) == 60
-        assert max(abs(a - b) for a, b in zip(ours, dense, strict=True)) <= 1e-3
+        assert max(abs(a - b) for a, b in zip(ours, dense, strict=True)) <= 1e-4
         assert (ours, checksums[task, "flashmask"]) == (again, checksums[task, "flashmask again"])
-        assert sum(ours[-10:]) < 0.9 * sum(ours[:10])
+        assert sum(ours[-10:]) < 0.9 * sum(ours[:10]), task

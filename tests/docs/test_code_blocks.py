@@ -87,6 +87,7 @@ def names(models, monkeypatch):
         "dataset": Dataset.from_list([{"text": text} for text in demo.texts()]),
         "rows": torch.tensor([[5, 6, 7, 8, 9, 10], [5, 6, 7, 11, 12, 0]]),
         "inputs": images,
+        "prompts": [[5, 6, 7], [8, 9]],
         "pairs": Dataset.from_list(demo.preferences()),
         **dict.fromkeys(("q", "k", "v"), torch.randn(1, 8192, 1, 16)),
         "input_ids": torch.randint(5, 500, (1, 8192)),
