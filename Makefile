@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test style quality install
+.PHONY: demo test style quality install docs notebooks
 
 # Installs only when something that decides the environment has changed.
 $(BIN)/.installed: pyproject.toml constraints.txt
@@ -20,6 +20,13 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not timing"
 	$(BIN)/python -m pytest -m timing
+
+docs: install
+	$(BIN)/mkdocs build --strict
+
+notebooks: install
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[notebooks]"
+	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 style: install
 	$(BIN)/ruff format .

@@ -14,6 +14,8 @@ from typing import Any
 
 # Of coverage.build, which loads Transformers.
 KINDS = ("causal", "seq2seq", "masked", "multimodal", "vision", "tower")
+# Of diagnostics.show, which loads torch.
+MASKS_OF_LENGTHS = ("causal_document", "document", "share_question", "causal_blockwise")
 
 
 def _need(packages: Sequence[str], extra: str) -> None:
@@ -131,6 +133,22 @@ def _bench_longest(args: argparse.Namespace) -> None:
     print(f"\nwrote {args.out}")
 
 
+def _bench_trainers(args: argparse.Namespace) -> None:
+    _need(("trl", "peft", "datasets", "matplotlib"), "trl,bench")
+    from hf_flashmask.bench import trainers
+
+    names = (
+        "layers", "hidden", "heads", "steps", "batch_size", "lr", "device", "out", "plot", "time_budget", "commit",
+        "command",
+    )  # fmt: skip
+    with _refusals():
+        setup = trainers.Setup(
+            tasks=tuple(args.tasks or trainers.TASKS), **{name: getattr(args, name) for name in names}
+        )
+        print("\n" + trainers.run(setup))
+    print("\n" + "\n".join(f"wrote {path}" for path in (args.out, args.plot) if path is not None))
+
+
 def _bench_plot(args: argparse.Namespace) -> None:
     _need(("matplotlib",), "bench")
     from hf_flashmask.bench import plots
@@ -148,7 +166,46 @@ def _bench_table(args: argparse.Namespace) -> None:
         print(kernels.markdown(records.read(args.csv), args.head_dim, other=args.peer))
 
 
+def _env(args: argparse.Namespace) -> None:
+    from hf_flashmask.diagnostics import environment
+
+    print(environment.report())
+
+
+def _show(args: argparse.Namespace) -> None:
+    if args.out is not None:
+        _need(("matplotlib",), "viz")
+    from hf_flashmask.diagnostics import show
+
+    with _refusals():
+        if args.model is not None:
+            found = show.from_model(args.model, args.lengths or [args.length])
+        elif args.lengths is not None:
+            found = show.from_lengths(args.lengths, args.kind)
+        elif args.position_ids is not None:
+            found = show.from_position_ids(args.position_ids)
+        elif args.file is not None:
+            found = show.from_file(args.file)
+        else:
+            sys.exit("flashmask: what to show? --lengths, --position-ids, --file or --model")
+        if args.out is None:
+            print(show.text(found, args.size, batch=args.batch, head=args.head))
+        else:
+            show.picture(found, args.out, batch=args.batch, head=args.head)
+            print(f"wrote {args.out}")
+
+
 def _check(args: argparse.Namespace) -> None:
+    if args.models is None:
+        given = [name for name in ("kinds", "out", "against") if getattr(args, name) is not None]
+        if given:
+            sys.exit(f"flashmask: --{given[0]} goes with --models")
+        from hf_flashmask.diagnostics import selftest
+
+        print(f"Attention on this machine against float64, {args.seconds:.0f} seconds at most.", flush=True)
+        text, ok = selftest.run(args.seconds)
+        print("\n" + text)
+        sys.exit(not ok)
     from hf_flashmask.coverage import build, report, run
 
     known = [(kind, name) for kind in args.kinds or build.KINDS for name in build.model_types(kind)]
@@ -210,7 +267,9 @@ def parser() -> argparse.ArgumentParser:
     trl.add_argument("rest", nargs=argparse.REMAINDER)
     trl.set_defaults(run=_trl)
 
+    commands.add_parser("env", help="versions, devices, backends and tiles: for a bug report").set_defaults(run=_env)
     _add_check(commands)
+    _add_show(commands)
 
     bench = commands.add_parser("bench", help="measurements").add_subparsers(required=True, metavar="what")
     cpu = bench.add_parser("cpu", help="attention on this CPU, packed causal documents, against sdpa")
@@ -267,13 +326,27 @@ def parser() -> argparse.ArgumentParser:
     _add_origin(longest, "longest.csv")
     longest.set_defaults(run=_bench_longest)
 
+    trainers = bench.add_parser("trainers", help="losses of TRL's trainers on GSM8K, flashmask against sdpa")
+    trainers.add_argument("--tasks", nargs="+", help="of sft, lora, dpo, reward; default all")
+    trainers.add_argument("--layers", type=_positive, default=3, help="(%(default)s)")
+    trainers.add_argument("--hidden", type=_positive, default=128, help="(%(default)s)")
+    trainers.add_argument("--heads", type=_positive, default=4, help="(%(default)s)")
+    trainers.add_argument("--steps", type=_positive, default=60, help="optimizer steps (%(default)s)")
+    trainers.add_argument("--batch-size", type=_positive, default=4, help="pairs of DPO and reward (%(default)s)")
+    trainers.add_argument("--lr", type=float, help="AdamW's, after a short warm-up (1e-3, of the reward model 3e-4)")
+    trainers.add_argument("--plot", type=Path, metavar="PNG", help="also draw the curves")
+    _add_origin(trainers, "trainers.csv", device="cpu")
+    trainers.set_defaults(run=_bench_trainers)
+
     table = bench.add_parser("table", help="a Markdown table of what 'kernels' wrote")
     table.add_argument("csv", type=Path)
     table.add_argument("--head-dim", type=_positive, default=128, help="(%(default)s)")
     table.add_argument("--peer", default="flex", help="to compare with (%(default)s)")
     table.set_defaults(run=_bench_table)
 
-    plot = bench.add_parser("plot", help="a picture of what 'kernels', 'sparsity' or 'convergence' wrote")
+    plot = bench.add_parser(
+        "plot", help="a picture of what 'kernels', 'sparsity', 'convergence', 'train' or 'trainers' wrote"
+    )
     plot.add_argument("csv", type=Path)
     plot.add_argument("--out", type=Path, help="picture to write (the CSV's name with .png)")
     plot.set_defaults(run=_bench_plot)
@@ -281,8 +354,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_check(commands: Any) -> None:
-    check = commands.add_parser("check", help="flashmask against eager, on tiny random models of every model type")
-    check.add_argument("--models", nargs="*", required=True, metavar="TYPE", help="model types, default all")
+    check = commands.add_parser(
+        "check", help="self-test of the kernels on this machine; with --models, every model type against eager"
+    )
+    check.add_argument(
+        "--seconds", type=float, default=60.0, help="of the self-test, after which it begins nothing (%(default)s)"
+    )
+    check.add_argument(
+        "--models", nargs="*", metavar="TYPE", help="tiny random models of these types against eager, default all types"
+    )
     check.add_argument("--kinds", nargs="+", choices=KINDS, help="default all")
     check.add_argument("--jobs", type=_positive, default=2, help="processes (%(default)s)")
     check.add_argument("--timeout", type=float, default=120.0, help="seconds a type (%(default)s)")
@@ -299,15 +379,32 @@ def _add_model(command: argparse.ArgumentParser, layers: int) -> None:
     command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(%(default)s)")
 
 
+def _add_show(commands: Any) -> None:
+    show = commands.add_parser("show", help="draw a mask: of packed lengths, position_ids, a file or a model's layers")
+    show.add_argument("--lengths", type=_positive, nargs="+", metavar="N", help="tokens of packed documents")
+    show.add_argument(
+        "--kind", choices=MASKS_OF_LENGTHS, default="causal_document", help="what the lengths are of (%(default)s)"
+    )
+    show.add_argument("--position-ids", type=int, nargs="+", metavar="N", help="of packed documents or a prefix tree")
+    show.add_argument("--file", type=Path, metavar="MASK", help="dense mask, bool or additive, .pt or .npy")
+    show.add_argument("--model", metavar="TYPE", help="masks that layers of this model type get, windows shortened")
+    show.add_argument("--length", type=_positive, default=64, help="tokens of the model's row (%(default)s)")
+    show.add_argument("--size", type=_positive, default=32, help="most cells a side in the terminal (%(default)s)")
+    show.add_argument("--batch", type=int, default=0, help="row of the batch (%(default)s)")
+    show.add_argument("--head", type=int, default=0, help="(%(default)s)")
+    show.add_argument("--out", type=Path, metavar="PNG", help="write a picture instead")
+    show.set_defaults(run=_show)
+
+
 def _add_common(command: argparse.ArgumentParser, out: str) -> None:
     command.add_argument("--plugin", type=Path, action="append", default=[], help="file with PEERS; may be repeated")
     command.add_argument("--backend", default="triton", help="of ours (%(default)s)")
     _add_origin(command, out)
 
 
-def _add_origin(command: argparse.ArgumentParser, out: str) -> None:
+def _add_origin(command: argparse.ArgumentParser, out: str, device: str = "cuda") -> None:
     command.add_argument("--out", type=Path, default=Path(out), help="CSV to append rows to (%(default)s)")
-    command.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(%(default)s)")
+    command.add_argument("--device", choices=("cuda", "cpu"), default=device, help="(%(default)s)")
     command.add_argument("--time-budget", type=float, metavar="SECONDS", help="start no further case after this")
     command.add_argument("--commit", help="what to write as the commit (default: that of the checkout)")
 

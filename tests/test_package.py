@@ -4,6 +4,8 @@ import ast
 import json
 import subprocess
 import sys
+import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -18,7 +20,13 @@ LAYERS = [
     "hf_flashmask.attention",
     "hf_flashmask.masks",
 ]
-ABOVE_ALL = ["hf_flashmask.bench", "hf_flashmask.coverage", "hf_flashmask.cli", "hf_flashmask.trl_script"]
+ABOVE_ALL = [
+    "hf_flashmask.bench",
+    "hf_flashmask.cli",
+    "hf_flashmask.coverage",
+    "hf_flashmask.diagnostics",
+    "hf_flashmask.trl_script",
+]
 
 
 def python(code, **options):
@@ -120,12 +128,17 @@ def test_masks_and_attention_do_not_know_transformers():
 
 
 def test_wheel_and_sdist_hold_everything(tmp_path):
-    """Built from a copy, installed into an empty environment beside the packages of this one."""
+    """An sdist of a copy of what is committed, a wheel of that sdist, and its commands in an environment of its own."""
     source = tmp_path / "source"
     subprocess.run(["git", "-C", str(ROOT), "checkout-index", "-a", f"--prefix={source}/"], check=True)
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(source)]
-    subprocess.run(build, check=True, capture_output=True, timeout=300)
-    (wheel,) = tmp_path.glob("*.whl")
+    # Without --sdist or --wheel the wheel is built from the sdist.
+    build = [sys.executable, "-m", "build", "--outdir", str(tmp_path), str(source)]
+    built = subprocess.run(build, capture_output=True, text=True, timeout=300)
+    assert built.returncode == 0, built.stdout[-2000:] + built.stderr[-2000:]
+    (sdist,), (wheel,) = tmp_path.glob("*.tar.gz"), tmp_path.glob("*.whl")
+    with tarfile.open(sdist) as archive:
+        sources = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"pyproject.toml", "README.md", "LICENSE", "patches/__init__.py"} <= sources
     held = set(zipfile.ZipFile(wheel).namelist())
     for name, path in modules():
         inside = name.replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py")
@@ -133,21 +146,26 @@ def test_wheel_and_sdist_hold_everything(tmp_path):
     for extra in ("py.typed", "data/gsm8k_extract.jsonl", "data/gsm8k_pairs.jsonl", "data/GSM8K_LICENSE"):
         assert f"hf_flashmask/{extra}" in held
     assert any(n.endswith("licenses/LICENSE") for n in held)
-    target = tmp_path / "site"
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(wheel)],
-        check=True,
-        capture_output=True,
-    )
-    where = python(
-        f"import sys; sys.path.insert(0, {str(target)!r})\n"
+    assert not any(n.startswith(("tests", "docs", "notebooks", "patches")) for n in held)
+
+    # An environment of its own that finds torch and Transformers in this one: a path, so no editable install of ours.
+    where = tmp_path / "environment"
+    venv.create(where, with_pip=False)
+    interpreter = where / "bin" / "python"
+    (site,) = where.glob("lib/python*/site-packages")
+    (site / "others.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+    install = [sys.executable, "-m", "pip", "--python", str(interpreter), "install", "-q", "--no-deps", str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    code = (
         "import hf_flashmask, hf_flashmask.patches\n"
         "from hf_flashmask.bench.demo import preferences, texts\n"
         "assert len(texts()) > 100 and len(preferences()) > 100\n"
-        "print(hf_flashmask.patches.__file__)",
-        cwd=tmp_path,
+        "print(hf_flashmask.__file__, hf_flashmask.patches.__file__)"
     )
-    assert Path(where).is_relative_to(target)
+    files = subprocess.check_output([interpreter, "-c", code], text=True, cwd=tmp_path).split()
+    assert all(Path(file).is_relative_to(site) for file in files)
+    shown = subprocess.check_output([where / "bin" / "flashmask", "show", "--lengths", "2", "1"], text=True)
+    assert "# . .\n# # .\n. . #" in shown
 
 
 def test_installed_in_place_patches_is_the_top_level_folder():

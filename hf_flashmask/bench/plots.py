@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import sparsity
+from .convergence import gap
 from .records import Refusal, read
 
 if TYPE_CHECKING:
@@ -25,13 +26,17 @@ _GAP = 0.9  # between groups of bars, in bars
 
 
 def plot(path: Path, out: Path) -> None:
-    """Draw a file of ``bench kernels``, ``bench sparsity`` or ``bench convergence``, whichever it is.
+    """Draw a file of ``bench kernels``, ``sparsity``, ``convergence``, ``trainers`` or ``train``, whichever it is.
 
     Raises:
         Refusal: the file is none of these, or nothing in it was timed.
     """
     rows = read(path)
-    if "loss" in rows[0]:
+    if "case" in rows[0]:
+        figure = _train(rows)
+    elif "task" in rows[0]:
+        figure = _trainers(rows)
+    elif "checksum" in rows[0]:
         figure = _convergence(rows)
     elif "peer" in rows[0]:
         timed = [row for row in rows if row["ms"]]
@@ -39,7 +44,7 @@ def plot(path: Path, out: Path) -> None:
             raise Refusal(f"nothing in {path} was timed; its notes say why")
         figure = _sparsity(timed) if "tiles" in rows[0] else _kernels(timed)
     else:
-        raise Refusal(f"{path} comes from neither 'bench kernels', 'bench sparsity' nor 'bench convergence'")
+        raise Refusal(f"{path} comes from no benchmark that has a picture")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out)
 
@@ -196,6 +201,94 @@ def _convergence(rows: Sequence[Row]) -> Figure:
         top.set_title(f"flashmask twice: {'' if same else 'NOT '}bit-identical", fontsize=10.5, color=_INK)
     shape = f"Llama, {row['layers']} layers x {row['hidden']}, {row['dtype']}, rows of {int(row['row_len']):,} tokens"
     figure.suptitle(f"Packed training under several exact attentions: {shape}\n{_origin(rows)}", fontsize=11.5)
+    return figure
+
+
+# Of TRL's trainers: what a task is called in the picture.
+_TASKS = {"sft": "packed SFT", "lora": "packed SFT, LoRA", "dpo": "DPO", "reward": "reward model"}
+
+
+def _trainers(rows: Sequence[Row]) -> Figure:
+    from matplotlib.figure import Figure
+
+    # The latest run counts, should there be several.
+    curves = {(r["task"], r["method"], int(r["step"])): float(r["loss"]) for r in rows}
+    checksums = {(r["task"], r["method"]): r["checksum"] for r in rows}
+    tasks = [task for task in _TASKS if any(key[0] == task for key in curves)]
+    across = min(2, len(tasks))
+    down = -(-len(tasks) // across)
+    figure = Figure(figsize=(5.2 * across, 3.3 * down + 0.8), dpi=110, layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).flat
+    for ax, task in zip(axes, tasks, strict=False):
+        losses = {
+            name: [curves[key] for key in sorted(key for key in curves if key[:2] == (task, name))]
+            for name in ("sdpa", "flashmask", "flashmask again")
+        }
+        for name, values in losses.items():
+            ax.plot(range(1, len(values) + 1), values, label=name, **_CURVES[name] | {"marker": None})
+        same = (
+            losses["flashmask"] == losses["flashmask again"]
+            and checksums[task, "flashmask"] == checksums[task, "flashmask again"]
+        )
+        away = gap(losses["flashmask"], losses["sdpa"])
+        repeats = "bit-identical" if same else "NOT bit-identical"
+        ax.set_title(f"{_TASKS[task]}: at most {away:.0e} from sdpa, {repeats} twice", fontsize=10, color=_INK)
+        ax.set_xlabel("step", color=_INK)
+        ax.set_ylabel("loss", color=_INK)
+        _plain(ax)
+    for ax in list(axes)[len(tasks) :]:
+        ax.remove()
+    figure.axes[0].legend(frameon=False, fontsize=9)
+    row = rows[-1]
+    shape = f"Llama of {row['layers']} layers x {row['hidden']}, float32, GSM8K"
+    figure.suptitle(f"TRL {row['trl']}'s trainers: {shape}\n{_origin(rows)}", fontsize=11.5)
+    return figure
+
+
+_METHODS = {
+    "sdpa": ("sdpa", "#e69f00", "///"),
+    "flex_attention": ("FlexAttention", "#009e73", "..."),
+    "flashmask": ("flashmask", _OURS, ""),
+    "flashmask_shared": ("flashmask, prompts shared", "#56b4e9", ""),
+}
+
+
+def _train(rows: Sequence[Row]) -> Figure:
+    """Tokens a second and memory of steps; of several runs of a case the first counts, which has all methods."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    found = {(r["case"], r["method"]): r for r in reversed(rows) if r["tokens_per_s"]}
+    if not found:
+        raise Refusal("nothing in the file was timed; its notes say why")
+    facts = {case: (case.split("_")[0], int(row["tokens"]), row["layers"]) for (case, _), row in found.items()}
+    kinds = ("dpo", "reward", "grpo", "sft")
+    cases = sorted(facts, key=lambda case: (kinds.index(facts[case][0]), facts[case][1]))
+    figure = Figure(figsize=(1.25 * len(cases) + 2, 6.6), dpi=110, layout="constrained")
+    panels = (
+        ("tokens_per_s", 1e-3, "thousand useful tokens a second"),
+        ("activation_mib", 1 / 1024, "activations, GiB"),
+    )
+    for ax, (column, unit, label) in zip(figure.subplots(2, 1), panels, strict=True):
+        for i, case in enumerate(cases):
+            methods = [method for method in _METHODS if (case, method) in found]
+            for j, method in enumerate(methods):
+                value = float(found[case, method][column]) * unit
+                _, color, hatch = _METHODS[method]
+                at = i + (j - (len(methods) - 1) / 2) * 0.26
+                ax.bar(at, value, 0.24, color=color, hatch=hatch, edgecolor="white", linewidth=0)
+                ax.annotate(f"{value:.3g}", (at, value), ha="center", va="bottom", fontsize=8, color=_INK)
+        ax.set_xticks(range(len(cases)), [case.replace("_", " ") for case in cases], fontsize=9.5)
+        ax.set_ylabel(label, color=_INK)
+        _plain(ax)
+        ax.tick_params(axis="x", length=0)
+    used = [method for method in _METHODS if any(key[1] == method for key in found)]
+    handles = [Patch(facecolor=c, hatch=h, edgecolor="white", label=n) for n, c, h in (_METHODS[m] for m in used)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=10)
+    layers = {facts[case][0]: facts[case][2] for case in cases}
+    shape = ", ".join(f"{kind} {n}" for kind, n in layers.items())
+    title = f"Training steps of a Llama of width {rows[0]['hidden']}, LoRA, bfloat16; layers: {shape}"
+    figure.suptitle(f"{title}\n{_origin(list(found.values()))}", fontsize=11.5)
     return figure
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import importlib.util
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +149,8 @@ def model_types(kind: str) -> list[str]:
     return sorted(names & set(CONFIG_MAPPING))
 
 
-def candidates(model_type: str) -> Iterator[PretrainedConfig]:
-    """Tiny configurations, the likeliest first.
+def candidates(model_type: str, changes: Mapping[str, Any] | None = None) -> Iterator[PretrainedConfig]:
+    """Tiny configurations, the likeliest first; ``changes`` of ``TINY`` hold in all of them.
 
     Raises:
         NotBuildable: the configuration class accepts none; with its first error.
@@ -159,7 +159,9 @@ def candidates(model_type: str) -> Iterator[PretrainedConfig]:
     found = False
     for variant in _VARIANTS:
         for left_out in _LEFT_OUT:
-            values = {k: v for k, v in {**TINY, **variant}.items() if v is not None and k not in left_out}
+            values = {
+                k: v for k, v in {**TINY, **variant, **(changes or {})}.items() if v is not None and k not in left_out
+            }
             try:
                 config = _config(CONFIG_MAPPING[model_type], values)
             except Exception as error:

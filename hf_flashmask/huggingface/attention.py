@@ -68,7 +68,9 @@ def flashmask_attention_forward(
     """Transformers' attention interface.
 
     Args:
-        query, key, value: ``[B, Hq, Sq, D]``, ``[B, Hkv, Sk, D]``, ``[B, Hkv, Sk, Dv]``.
+        query: ``[B, Hq, Sq, D]``.
+        key: ``[B, Hkv, Sk, D]``.
+        value: ``[B, Hkv, Sk, Dv]``.
         attention_mask: what ``flashmask_mask`` made, a ``ColumnMask`` or a dense 4D mask of the user's, or None from
             modules without masks (vision towers).
         s_aux: attention sinks ``[Hq]``.

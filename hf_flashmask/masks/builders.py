@@ -267,8 +267,9 @@ def hash_sparse(q_buckets: Tensor, k_buckets: Tensor) -> ColumnMask:
     """LSH attention over queries and keys sorted by bucket: same bucket, and causal in the original order.
 
     Args:
-        q_buckets, k_buckets: int ``[S]`` or ``[B, Hm, S]``, the bucket of every token in its original place. The
-            mask is for queries and keys taken in the order ``buckets.argsort(dim=-1, stable=True)``.
+        q_buckets: int ``[S]`` or ``[B, Hm, S]``, the bucket of every query in its original place. The mask is for
+            queries and keys taken in the order ``buckets.argsort(dim=-1, stable=True)``.
+        k_buckets: the same of the keys.
     """
     q, k = (_vector(n, t, None, (1, 3)) for n, t in (("q_buckets", q_buckets), ("k_buckets", k_buckets)))
     if q.shape[:-1] != k.shape[:-1] or q.device != k.device:

@@ -53,9 +53,9 @@ def plot(
     cells, block = _cells(one, _MAX_CELLS)
     if ax is None:
         # Figure, not pyplot: no global state, no backend, nothing to close.
-        ax = Figure(figsize=(5.2, 5.6), dpi=150, layout="constrained").subplots()
+        ax = Figure(figsize=(5.2, 5.6), dpi=100, layout="constrained").subplots()
     ax.imshow(
-        cells,
+        cells.numpy(),
         cmap=ListedColormap([_HIDDEN, _PARTIAL, _VISIBLE]),
         vmin=0,
         vmax=2,

@@ -115,3 +115,35 @@ def test_the_longest_rows():
     longest = {m: max(int(r["tokens"]) for r in rows if (r["method"], r["fits"]) == (m, "yes")) for m in METHODS}
     sdpa, ours = longest["sdpa"], longest["flashmask"]
     assert f"trains on {sdpa:,} tokens, flashmask on {ours:,}" in (ROOT / "README.md").read_text().replace("\n", " ")
+
+
+def test_the_coverage_figures():
+    counts = {}
+    for release, name in (("5.23", "coverage.csv"), ("5.17", "coverage_5_17.csv")):
+        causal = [row["status"] for row in records.read(ROOT / "docs" / name) if row["kind"] == "causal"]
+        counts[release] = {status: causal.count(status) for status in set(causal)} | {"all": len(causal)}
+    new, old = counts["5.23"], counts["5.17"]
+    text = (ROOT / "README.md").read_text()
+    assert f"{new['ok']} of {new['all']} causal model types of 5.23 equal eager, {new['refused']} are refused" in text
+    assert "mismatch" not in new
+    text = (ROOT / "docs" / "support.md").read_text().replace("\n", " ")
+    assert f"{new['ok']} of {new['all']} causal types equal eager, {new['refused']} are refused" in text
+    assert f"{new['not routed']} compute attention themselves" in text
+    assert f"{new['not buildable']} could not be built" in text
+    assert f"{old['ok']} of the {old['all']} tried are ok" in text
+    assert (new["failed"], old["mismatch"]) == (1, 1)
+
+
+def test_trls_trainers_followed_dense_attention():
+    curves: dict[tuple[str, str], list[float]] = {}
+    checksums: dict[tuple[str, str], str] = {}
+    for row in records.read(ROOT / "docs" / "benchmarks" / "cpu_trainers.csv"):
+        curves.setdefault((row["task"], row["method"]), []).append(float(row["loss"]))
+        checksums[row["task"], row["method"]] = row["checksum"]
+    assert {task for task, _ in curves} == {"sft", "lora", "dpo", "reward"}
+    for task in ("sft", "lora", "dpo", "reward"):
+        ours, again, dense = (curves[task, method] for method in ("flashmask", "flashmask again", "sdpa"))
+        assert len(dense) == 60
+        assert max(abs(a - b) for a, b in zip(ours, dense, strict=True)) <= 1e-4
+        assert (ours, checksums[task, "flashmask"]) == (again, checksums[task, "flashmask again"])
+        assert sum(ours[-10:]) < 0.9 * sum(ours[:10]), task
