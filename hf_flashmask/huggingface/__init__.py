@@ -9,7 +9,7 @@ def register() -> None:
     """Make "flashmask" an attention implementation of Transformers. Idempotent; ``import hf_flashmask`` calls it."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    from . import naming, packing
+    from . import naming, packing, paged
     from .attention import flashmask_attention_forward
     from .masking import flashmask_mask
 
@@ -17,6 +17,7 @@ def register() -> None:
     packing.install()
     AttentionInterface.register(NAME, flashmask_attention_forward)
     AttentionMaskInterface.register(NAME, flashmask_mask)
+    paged.install()
 
 
 __all__ = ["NAME", "register"]

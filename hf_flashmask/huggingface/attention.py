@@ -13,6 +13,7 @@ from hf_flashmask.attention import flashmask_attention
 from hf_flashmask.masks import ColumnMask
 
 from .packing import BuiltMask, split_documents
+from .paged import PagedStep
 from .tree_mask import TreeMask, WindowedTree
 
 # What models hand to attention functions that has no bearing on the result here. Everything else that is set is
@@ -55,7 +56,7 @@ def flashmask_attention_forward(
     s_aux: Tensor | None = None,
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
-    cu_seq_lens_k: Tensor | None = None,
+    cu_seq_lens_k: Tensor | dict[str, Tensor] | None = None,
     output_attentions: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -64,7 +65,7 @@ def flashmask_attention_forward(
     Args:
         query, key, value: ``[B, Hq, Sq, D]``, ``[B, Hkv, Sk, D]``, ``[B, Hkv, Sk, Dv]``.
         attention_mask: what ``flashmask_mask`` made, a ``ColumnMask`` or a dense 4D mask of the user's, or None from
-            modules without masks (vision towers).
+            modules without masks (vision towers); a ``PagedStep`` adds keys and values of a paged cache.
         s_aux: attention sinks ``[Hq]``.
 
     Returns:
@@ -84,36 +85,34 @@ def flashmask_attention_forward(
             f"{where}: flashmask never forms attention weights, so output_attentions=True cannot be served; "
             "use attn_implementation='eager' for them"
         )
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    step = attention_mask if isinstance(attention_mask, PagedStep) else None
     for name, given in kwargs.items():
-        if given is not None and given is not False and name not in _NO_EFFECT:
+        known = name in _NO_EFFECT or (step is not None and name in PagedStep.ARGUMENTS)
+        if given is not None and given is not False and not known:
             raise NotImplementedError(
                 f"{where}: flashmask does not know the attention argument {name!r} and will not ignore it; "
                 "use attn_implementation='eager' or 'sdpa' for this model or call"
             )
+    if step is not None:
+        key, value, attention_mask = step.read(module, key, value, sliding_window)
+        # They are in that mask; position_ids say where a request is, not where it begins.
+        cu_seq_lens_q = cu_seq_lens_k = position_ids = None
     if query.dtype == torch.float32 and torch.is_autocast_enabled(query.device.type):
         # As sdpa under autocast; PEFT's float32 norms put float32 activations here.
         lower = torch.get_autocast_dtype(query.device.type)
         query, key, value = (t.to(lower) for t in (query, key, value))
 
-    q_len, kv_len = query.shape[2], key.shape[2]
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if attention_mask is None:
-        mask: ColumnMask = _without_mask(module, q_len, kv_len, is_causal, sliding_window, query.device)
-    elif isinstance(attention_mask, ColumnMask):
-        mask = attention_mask
-    elif isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
-        # A mask of keys only, [B, 1, 1, Sk], is for every query.
-        mask = _from_dense(attention_mask.expand(-1, -1, q_len, -1) if attention_mask.shape[2] == 1 else attention_mask)
-    else:
-        shape = f" of shape {tuple(attention_mask.shape)}" if isinstance(attention_mask, Tensor) else ""
-        raise TypeError(
-            f"{where}: attention_mask must be a ColumnMask, a dense 4D mask or None, got "
-            f"{type(attention_mask).__name__}{shape}"
-        )
+    mask = _given_mask(module, query, key, attention_mask, is_causal, sliding_window)
     if cu_seq_lens_q is not None and query.shape[0] != 1:
         raise NotImplementedError(
             f"{where}: cu_seq_lens_q describes one packed row, but the batch has {query.shape[0]}; "
             "pack into one row or pass position_ids"
+        )
+    if isinstance(cu_seq_lens_k, dict):
+        raise NotImplementedError(
+            f"{where}: cu_seq_lens_k by layer type is continuous batching's, but its mask did not reach attention; "
+            "use attn_implementation='sdpa' for this model"
         )
     if _attends_elsewhere(module, is_causal):
         position_ids = None
@@ -128,6 +127,30 @@ def flashmask_attention_forward(
             "it; run this model without share_prompts"
         )
     return flashmask_attention(*tensors, mask, **options), None
+
+
+def _given_mask(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: ColumnMask | Tensor | None,
+    is_causal: bool,
+    sliding_window: int | None,
+) -> ColumnMask:
+    """The attention_mask that a layer was given, as a ColumnMask."""
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if attention_mask is None:
+        return _without_mask(module, q_len, kv_len, is_causal, sliding_window, query.device)
+    if isinstance(attention_mask, ColumnMask):
+        return attention_mask
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
+        # A mask of keys only, [B, 1, 1, Sk], is for every query.
+        return _from_dense(attention_mask.expand(-1, -1, q_len, -1) if attention_mask.shape[2] == 1 else attention_mask)
+    shape = f" of shape {tuple(attention_mask.shape)}" if isinstance(attention_mask, Tensor) else ""
+    raise TypeError(
+        f"{type(module).__name__}: attention_mask must be a ColumnMask, a dense 4D mask or None, got "
+        f"{type(attention_mask).__name__}{shape}"
+    )
 
 
 def _attends_elsewhere(module: torch.nn.Module, is_causal: bool) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 from hf_flashmask.masks import ColumnMask
 from hf_flashmask.masks.intervals import run_spans
 
-from .naming import NAME
+from .naming import NAME, PAGED_NAME
 
 
 class Documents(NamedTuple):
@@ -170,7 +170,7 @@ def install() -> None:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if config._attn_implementation == NAME:
+        if config._attn_implementation in (NAME, PAGED_NAME):
             _local.position_ids = position_ids
         return stock(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs)
 
