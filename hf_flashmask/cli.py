@@ -42,6 +42,13 @@ def _trl(args: argparse.Namespace) -> None:
         sys.exit(trl(args.rest))
 
 
+def _serve(args: argparse.Namespace) -> None:
+    _need(("fastapi", "openai", "uvicorn"), "serve")
+    from hf_flashmask.huggingface import serve
+
+    serve.run(args.rest)
+
+
 def _bench_cpu(args: argparse.Namespace) -> None:
     from hf_flashmask.bench import cpu
 
@@ -209,6 +216,12 @@ def parser() -> argparse.ArgumentParser:
     )
     trl.add_argument("rest", nargs=argparse.REMAINDER)
     trl.set_defaults(run=_trl)
+
+    serve = commands.add_parser(
+        "serve", add_help=False, help="Transformers' server with flashmask: serve MODEL --continuous-batching ..."
+    )
+    serve.add_argument("rest", nargs=argparse.REMAINDER)
+    serve.set_defaults(run=_serve)
 
     _add_check(commands)
 

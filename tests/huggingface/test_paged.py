@@ -8,6 +8,7 @@ from transformers import AttentionInterface, ContinuousBatchingConfig, Generatio
 from transformers.generation.continuous_batching import continuous_api, input_outputs
 from transformers.generation.continuous_batching.utils import build_attention_mask
 
+from hf_flashmask.huggingface import serve
 from hf_flashmask.huggingface.paged import PagedStep, paged_mask
 
 from .models import tiny
@@ -127,3 +128,17 @@ def test_what_it_does_not_know_is_refused():
             attend(layer, q, q, q, None, **{name: argument})
     with pytest.raises(NotImplementedError, match="another PagedAttentionCache.update"):
         step(cache=type("Cache", (), {"update": lambda self, key: key})()).read(layer, q, q, None)
+
+
+def test_the_server_takes_the_name_and_still_refuses_others(tmp_path):
+    from transformers.cli.serving.model_manager import ModelManager
+
+    serve.install()
+    tiny("llama", "eager", num_hidden_layers=1).save_pretrained(tmp_path)
+    manager = ModelManager(attn_implementation="flashmask", device="cpu", dtype="float32")
+    model = manager._load_model(f"{tmp_path}@main")
+    assert model.config._attn_implementation == manager.attn_implementation == "flashmask"
+    with pytest.raises(ValueError, match="Unsupported attention implementation: 'flashmusk'"):
+        ModelManager(attn_implementation="flashmusk", device="cpu")
+    with pytest.raises(ValueError, match="Unsupported quantization"):
+        ModelManager(attn_implementation="flashmask", quantization="bnb-2bit", device="cpu")
