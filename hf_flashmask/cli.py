@@ -138,6 +138,21 @@ def _bench_longest(args: argparse.Namespace) -> None:
     print(f"\nwrote {args.out}")
 
 
+def _bench_serving(args: argparse.Namespace) -> None:
+    from hf_flashmask.bench import serving
+
+    names = (
+        "layers", "hidden", "heads", "kv_heads", "intermediate", "requests", "new_tokens", "step_tokens", "cuda_graphs",
+        "runs", "device", "dtype", "out", "commit", "command",
+    )  # fmt: skip
+    with _refusals():
+        setup = serving.Setup(
+            methods=tuple(args.methods or serving.METHODS), **{name: getattr(args, name) for name in names}
+        )
+        print("\n" + serving.run(setup))
+    print(f"\nwrote {args.out}")
+
+
 def _bench_plot(args: argparse.Namespace) -> None:
     _need(("matplotlib",), "bench")
     from hf_flashmask.bench import plots
@@ -280,6 +295,8 @@ def parser() -> argparse.ArgumentParser:
     _add_origin(longest, "longest.csv")
     longest.set_defaults(run=_bench_longest)
 
+    _add_serving(bench)
+
     table = bench.add_parser("table", help="a Markdown table of what 'kernels' wrote")
     table.add_argument("csv", type=Path)
     table.add_argument("--head-dim", type=_positive, default=128, help="(%(default)s)")
@@ -291,6 +308,26 @@ def parser() -> argparse.ArgumentParser:
     plot.add_argument("--out", type=Path, help="picture to write (the CSV's name with .png)")
     plot.set_defaults(run=_bench_plot)
     return top
+
+
+def _add_serving(bench: Any) -> None:
+    serving = bench.add_parser("serving", help="generate_batch on prompts of mixed lengths, against sdpa")
+    serving.add_argument("--methods", nargs="+", help="attention implementations, default sdpa and flashmask")
+    serving.add_argument("--layers", type=_positive, default=16, help="(%(default)s)")
+    serving.add_argument("--hidden", type=_positive, default=2048, help="(%(default)s)")
+    serving.add_argument("--heads", type=_positive, default=32, help="(%(default)s)")
+    serving.add_argument("--kv-heads", type=_positive, default=8, help="(%(default)s)")
+    serving.add_argument("--intermediate", type=_positive, default=8192, help="(%(default)s)")
+    serving.add_argument("--requests", type=_positive, default=64, help="prompts (%(default)s)")
+    serving.add_argument("--new-tokens", type=_positive, default=128, help="generated for each (%(default)s)")
+    serving.add_argument("--step-tokens", type=_positive, default=4096, help="most of a step (%(default)s)")
+    serving.add_argument("--cuda-graphs", action="store_true", help="capture and replay steps")
+    serving.add_argument("--runs", type=_positive, default=3, help="timed runs a method (%(default)s)")
+    serving.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(%(default)s)")
+    serving.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(%(default)s)")
+    serving.add_argument("--out", type=Path, default=Path("serving.csv"), help="CSV to append rows to (%(default)s)")
+    serving.add_argument("--commit", help="what to write as the commit (default: that of the checkout)")
+    serving.set_defaults(run=_bench_serving)
 
 
 def _add_check(commands: Any) -> None:

@@ -41,7 +41,10 @@ def in_batches(model, **changes):
 
 
 def alone(model):
-    return [model.generate(torch.tensor([p]), generation_config=GREEDY)[0, len(p) :].tolist() for p in prompts()]
+    return [
+        model.generate(torch.tensor([p], device=model.device), generation_config=GREEDY)[0, len(p) :].tolist()
+        for p in prompts()
+    ]
 
 
 @pytest.mark.parametrize(
