@@ -171,6 +171,34 @@ def _bench_table(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
+    if args.transformers_tests is not None:
+        _check_upstream(args)
+    else:
+        _check_models(args)
+
+
+def _check_upstream(args: argparse.Namespace) -> None:
+    _need(("parameterized", "pytest"), "test")
+    from importlib.metadata import version
+
+    from hf_flashmask.coverage import upstream
+
+    progress = functools.partial(print, file=sys.stderr, flush=True)
+    try:
+        stock, ours = upstream.run(args.transformers_tests, args.pytest, progress)
+    except (FileNotFoundError, RuntimeError) as error:
+        sys.exit(f"flashmask: {error}")
+    versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch"))
+    text = upstream.markdown(stock, ours, args.command, versions)
+    print("\n" + text)
+    if args.out is not None:
+        args.out.write_text(text)
+        print(f"wrote {args.out}")
+    if failed := sorted(t for t, outcome in upstream.losses(stock, ours).items() if outcome.status == upstream.FAILED):
+        sys.exit("flashmask: these pass on sdpa and fail on flashmask:\n" + "\n".join(failed))
+
+
+def _check_models(args: argparse.Namespace) -> None:
     from hf_flashmask.coverage import build, report, run
 
     known = [(kind, name) for kind in args.kinds or build.KINDS for name in build.model_types(kind)]
@@ -331,8 +359,13 @@ def _add_serving(bench: Any) -> None:
 
 
 def _add_check(commands: Any) -> None:
-    check = commands.add_parser("check", help="flashmask against eager, on tiny random models of every model type")
-    check.add_argument("--models", nargs="*", required=True, metavar="TYPE", help="model types, default all")
+    check = commands.add_parser("check", help="flashmask against eager and sdpa: every model type, Transformers' tests")
+    what = check.add_mutually_exclusive_group(required=True)
+    what.add_argument("--models", nargs="*", metavar="TYPE", help="tiny random models of these types, default all")
+    what.add_argument(
+        "--transformers-tests", type=Path, metavar="CHECKOUT", help="its tests with flashmask in sdpa's place; -- ARGS"
+    )
+    check.add_argument("pytest", nargs="*", default=[], metavar="-- ARGS", help="of pytest: tests, -k, ...")
     check.add_argument("--kinds", nargs="+", choices=KINDS, help="default all")
     check.add_argument("--jobs", type=_positive, default=2, help="processes (%(default)s)")
     check.add_argument("--timeout", type=float, default=120.0, help="seconds a type (%(default)s)")

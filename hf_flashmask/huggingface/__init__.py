@@ -14,10 +14,10 @@ def register() -> None:
     from .masking import flashmask_mask
 
     naming.install()
-    packing.install()
+    packing.install(flashmask_mask)
     AttentionInterface.register(NAME, flashmask_attention_forward)
     AttentionMaskInterface.register(NAME, flashmask_mask)
-    paged.install()
+    paged.install(flashmask_attention_forward)
 
 
 __all__ = ["NAME", "register"]

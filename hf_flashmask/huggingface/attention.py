@@ -35,6 +35,7 @@ _NO_EFFECT = frozenset(
         "past_key_values",
         "position_embeddings",
         "return_dict",
+        "shift_labels",  # of the loss, where sequences are split among devices
         "seq_idx",
         "token_type_ids",
         "use_cache",
