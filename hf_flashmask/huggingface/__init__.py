@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .naming import NAME
+from .naming import NAME, PAGED_NAME
 
 
 def register() -> None:
@@ -15,9 +15,11 @@ def register() -> None:
 
     naming.install()
     packing.install(flashmask_mask)
-    AttentionInterface.register(NAME, flashmask_attention_forward)
-    AttentionMaskInterface.register(NAME, flashmask_mask)
-    paged.install(flashmask_attention_forward)
+    paged.install(flashmask_mask)
+    # Transformers 5.17 has another name for continuous batching.
+    for name in (NAME, PAGED_NAME) if "paged|sdpa" in AttentionInterface() else (NAME,):
+        AttentionInterface.register(name, flashmask_attention_forward)
+        AttentionMaskInterface.register(name, flashmask_mask)
 
 
 __all__ = ["NAME", "register"]

@@ -145,13 +145,12 @@ def paged_mask(
 # ---- what Transformers must be told -------------------------------------------------------------------------------
 
 
-def install(attention_function: Any) -> None:
+def install(mask_function: Any) -> None:
     """Let continuous batching run "flashmask" as it is and without a dense mask. Idempotent.
 
-    Steps go to every name that ``attention_function`` is registered under.
-    CUDA graphs and asynchronous batches stay as for sdpa: only if they are asked for.
+    Steps go to every name that ``mask_function`` is registered under. CUDA graphs and asynchronous batches stay as for
+    sdpa: only if they are asked for.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.generation.continuous_batching import cache, continuous_api, input_outputs
 
     for module in (continuous_api, cache):
@@ -160,10 +159,7 @@ def install(attention_function: Any) -> None:
             setattr(module, "is_flash_attention_requested", _counts_as_flash(stock))  # noqa: B010  (for mypy)
     ios = input_outputs.ContinuousBatchingIOs
     if not hasattr(ios.get_model_kwargs, "_hf_flashmask"):
-        ios.get_model_kwargs = _with_step(ios.get_model_kwargs, attention_function)  # type: ignore[method-assign]
-    if "paged|sdpa" in AttentionInterface():  # 5.17: a paged implementation has a name of its own
-        AttentionInterface.register(PAGED_NAME, attention_function)
-        AttentionMaskInterface.register(PAGED_NAME, AttentionMaskInterface()[NAME])
+        ios.get_model_kwargs = _with_step(ios.get_model_kwargs, mask_function)  # type: ignore[method-assign]
 
 
 def _counts_as_flash(stock: Any) -> Any:
@@ -180,13 +176,13 @@ def _counts_as_flash(stock: Any) -> Any:
     return is_flash_attention_requested
 
 
-def _with_step(stock: Any, attention_function: Any) -> Any:
-    from transformers import AttentionInterface
+def _with_step(stock: Any, mask_function: Any) -> Any:
+    from transformers import AttentionMaskInterface
 
     @functools.wraps(stock)
     def get_model_kwargs(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = stock(self, *args, **kwargs)
-        if AttentionInterface._global_mapping.get(self.config._attn_implementation) is attention_function:
+        if AttentionMaskInterface._global_mapping.get(self.config._attn_implementation) is mask_function:
             given["attention_mask"] = PagedStep.of(given)
         return given
 
