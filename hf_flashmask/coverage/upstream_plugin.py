@@ -6,6 +6,7 @@ Transformers; ``flashmask check --transformers-tests`` runs it with and without 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,9 @@ from .outcome import origin, ours, sentence
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# Whether the test under way has called flashmask's attention.
+_reached = {"now": False}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,13 +42,20 @@ def _flashmask_mask() -> Any:
 
 
 def _register(mask: Any) -> None:
+    import torch
     from transformers import AttentionInterface, AttentionMaskInterface
 
     import hf_flashmask.huggingface
     from hf_flashmask.huggingface.attention import flashmask_attention_forward
 
+    @functools.wraps(flashmask_attention_forward)
+    def attention(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            _reached["now"] = True
+        return flashmask_attention_forward(*args, **kwargs)
+
     hf_flashmask.huggingface.register()
-    AttentionInterface.register("sdpa", flashmask_attention_forward)
+    AttentionInterface.register("sdpa", attention)
     AttentionMaskInterface.register("sdpa", mask)
 
 
@@ -70,13 +81,23 @@ def _masks_that_tests_look_into(request: pytest.FixtureRequest) -> Iterator[None
     _register(stock)
 
 
+def pytest_runtest_setup() -> None:
+    _reached["now"] = False
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     report: Any = yield
     path = item.config.getoption("--flashmask-outcomes")
     failed = report.outcome == "failed"
     if path is not None and (report.when == "call" or report.outcome != "passed"):
-        line = {"test": item.nodeid, "outcome": report.outcome, "refused": False, "reason": ""}
+        line = {
+            "test": item.nodeid,
+            "outcome": report.outcome,
+            "refused": False,
+            "reason": "",
+            "reached": _reached["now"],
+        }
         if failed and call.excinfo is not None:
             error = call.excinfo.value
             line["refused"] = ours(error)
