@@ -44,6 +44,13 @@ def _trl(args: argparse.Namespace) -> None:
         sys.exit(trl(args.rest))
 
 
+def _serve(args: argparse.Namespace) -> None:
+    _need(("fastapi", "openai", "uvicorn"), "serve")
+    from hf_flashmask.huggingface import serve
+
+    serve.run(args.rest)
+
+
 def _bench_cpu(args: argparse.Namespace) -> None:
     from hf_flashmask.bench import cpu
 
@@ -149,6 +156,21 @@ def _bench_trainers(args: argparse.Namespace) -> None:
     print("\n" + "\n".join(f"wrote {path}" for path in (args.out, args.plot) if path is not None))
 
 
+def _bench_serving(args: argparse.Namespace) -> None:
+    from hf_flashmask.bench import serving
+
+    names = (
+        "layers", "hidden", "heads", "kv_heads", "intermediate", "requests", "new_tokens", "step_tokens", "cuda_graphs",
+        "runs", "device", "dtype", "out", "commit", "command",
+    )  # fmt: skip
+    with _refusals():
+        setup = serving.Setup(
+            methods=tuple(args.methods or serving.METHODS), **{name: getattr(args, name) for name in names}
+        )
+        print("\n" + serving.run(setup))
+    print(f"\nwrote {args.out}")
+
+
 def _bench_plot(args: argparse.Namespace) -> None:
     _need(("matplotlib",), "bench")
     from hf_flashmask.bench import plots
@@ -196,16 +218,48 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.models is None:
-        given = [name for name in ("kinds", "out", "against") if getattr(args, name) is not None]
-        if given:
-            sys.exit(f"flashmask: --{given[0]} goes with --models")
-        from hf_flashmask.diagnostics import selftest
+    if args.transformers_tests is not None:
+        _check_upstream(args)
+    elif args.models is not None:
+        _check_models(args)
+    else:
+        _check_kernels(args)
 
-        print(f"Attention on this machine against float64, {args.seconds:.0f} seconds at most.", flush=True)
-        text, ok = selftest.run(args.seconds)
-        print("\n" + text)
-        sys.exit(not ok)
+
+def _check_upstream(args: argparse.Namespace) -> None:
+    _need(("parameterized", "pytest"), "test")
+    from importlib.metadata import version
+
+    from hf_flashmask.coverage import upstream
+
+    progress = functools.partial(print, file=sys.stderr, flush=True)
+    try:
+        stock, ours = upstream.run(args.transformers_tests, args.pytest, progress)
+    except (FileNotFoundError, RuntimeError) as error:
+        sys.exit(f"flashmask: {error}")
+    versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch"))
+    text = upstream.markdown(stock, ours, args.command, versions)
+    print("\n" + text)
+    if args.out is not None:
+        args.out.write_text(text)
+        print(f"wrote {args.out}")
+    if failed := sorted(t for t, outcome in upstream.losses(stock, ours).items() if outcome.status == upstream.FAILED):
+        sys.exit("flashmask: these pass on sdpa and fail on flashmask:\n" + "\n".join(failed))
+
+
+def _check_kernels(args: argparse.Namespace) -> None:
+    given = [name for name in ("kinds", "out", "against") if getattr(args, name) is not None]
+    if given:
+        sys.exit(f"flashmask: --{given[0]} goes with --models")
+    from hf_flashmask.diagnostics import selftest
+
+    print(f"Attention on this machine against float64, {args.seconds:.0f} seconds at most.", flush=True)
+    text, ok = selftest.run(args.seconds)
+    print("\n" + text)
+    sys.exit(not ok)
+
+
+def _check_models(args: argparse.Namespace) -> None:
     from hf_flashmask.coverage import build, report, run
 
     known = [(kind, name) for kind in args.kinds or build.KINDS for name in build.model_types(kind)]
@@ -268,6 +322,12 @@ def parser() -> argparse.ArgumentParser:
     trl.set_defaults(run=_trl)
 
     commands.add_parser("env", help="versions, devices, backends and tiles: for a bug report").set_defaults(run=_env)
+    serve = commands.add_parser(
+        "serve", add_help=False, help="Transformers' server with flashmask: serve MODEL --continuous-batching ..."
+    )
+    serve.add_argument("rest", nargs=argparse.REMAINDER)
+    serve.set_defaults(run=_serve)
+
     _add_check(commands)
     _add_show(commands)
 
@@ -337,6 +397,7 @@ def parser() -> argparse.ArgumentParser:
     trainers.add_argument("--plot", type=Path, metavar="PNG", help="also draw the curves")
     _add_origin(trainers, "trainers.csv", device="cpu")
     trainers.set_defaults(run=_bench_trainers)
+    _add_serving(bench)
 
     table = bench.add_parser("table", help="a Markdown table of what 'kernels' wrote")
     table.add_argument("csv", type=Path)
@@ -353,16 +414,42 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _add_serving(bench: Any) -> None:
+    serving = bench.add_parser("serving", help="generate_batch on prompts of mixed lengths, against sdpa")
+    serving.add_argument("--methods", nargs="+", help="attention implementations, default sdpa and flashmask")
+    serving.add_argument("--layers", type=_positive, default=16, help="(%(default)s)")
+    serving.add_argument("--hidden", type=_positive, default=2048, help="(%(default)s)")
+    serving.add_argument("--heads", type=_positive, default=32, help="(%(default)s)")
+    serving.add_argument("--kv-heads", type=_positive, default=8, help="(%(default)s)")
+    serving.add_argument("--intermediate", type=_positive, default=8192, help="(%(default)s)")
+    serving.add_argument("--requests", type=_positive, default=64, help="prompts (%(default)s)")
+    serving.add_argument("--new-tokens", type=_positive, default=128, help="generated for each (%(default)s)")
+    serving.add_argument("--step-tokens", type=_positive, default=4096, help="most of a step (%(default)s)")
+    serving.add_argument("--cuda-graphs", action="store_true", help="capture and replay steps")
+    serving.add_argument("--runs", type=_positive, default=3, help="timed runs a method (%(default)s)")
+    serving.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(%(default)s)")
+    serving.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(%(default)s)")
+    serving.add_argument("--out", type=Path, default=Path("serving.csv"), help="CSV to append rows to (%(default)s)")
+    serving.add_argument("--commit", help="what to write as the commit (default: that of the checkout)")
+    serving.set_defaults(run=_bench_serving)
+
+
 def _add_check(commands: Any) -> None:
     check = commands.add_parser(
-        "check", help="self-test of the kernels on this machine; with --models, every model type against eager"
+        "check",
+        help="self-test of the kernels on this machine; with --models, every model type; or Transformers' own tests",
     )
     check.add_argument(
         "--seconds", type=float, default=60.0, help="of the self-test, after which it begins nothing (%(default)s)"
     )
-    check.add_argument(
+    what = check.add_mutually_exclusive_group()
+    what.add_argument(
         "--models", nargs="*", metavar="TYPE", help="tiny random models of these types against eager, default all types"
     )
+    what.add_argument(
+        "--transformers-tests", type=Path, metavar="CHECKOUT", help="its tests with flashmask in sdpa's place; -- ARGS"
+    )
+    check.add_argument("pytest", nargs="*", default=[], metavar="-- ARGS", help="of pytest: tests, -k, ...")
     check.add_argument("--kinds", nargs="+", choices=KINDS, help="default all")
     check.add_argument("--jobs", type=_positive, default=2, help="processes (%(default)s)")
     check.add_argument("--timeout", type=float, default=120.0, help="seconds a type (%(default)s)")

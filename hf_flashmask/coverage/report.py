@@ -69,8 +69,8 @@ def markdown(rows: Sequence[Row], command: str) -> str:
         "eager on each alone, with and without a cache; `mask4d`, an additive mask of questions and answers that do",
         "not see each other; `dynamic` and `static`, greedy decoding behind padding, tokens and scores, through the",
         "cache whose kinds of layers stand in `cache`; `gradient`, of every parameter. `-` does not apply, `~` leaks",
-        "as eager does, `sdpa` equals sdpa where padding reaches recurrent layers, `refused` raises an error that",
-        "says why. Reasons of every cell are in the CSV file of the same name.",
+        "as eager does, `sdpa` equals sdpa where padding reaches recurrent layers or eager is not causal, `refused`",
+        "raises an error that says why. Reasons of every cell are in the CSV file of the same name.",
         "",
     ]
     for kind in dict.fromkeys(row.kind for row in rows):

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from .naming import NAME
+from .naming import NAME, PAGED_NAME
 
 
 def register() -> None:
     """Make "flashmask" an attention implementation of Transformers. Idempotent; ``import hf_flashmask`` calls it."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    from . import closures, naming, packing
+    from . import closures, naming, packing, paged
     from .attention import flashmask_attention_forward
     from .masking import flashmask_mask
 
     naming.install()
     closures.install()
-    packing.install()
-    AttentionInterface.register(NAME, flashmask_attention_forward)
-    AttentionMaskInterface.register(NAME, flashmask_mask)
+    packing.install(flashmask_mask)
+    paged.install(flashmask_mask)
+    # Transformers 5.17 has another name for continuous batching.
+    for name in (NAME, PAGED_NAME) if "paged|sdpa" in AttentionInterface() else (NAME,):
+        AttentionInterface.register(name, flashmask_attention_forward)
+        AttentionMaskInterface.register(name, flashmask_mask)
 
 
 __all__ = ["NAME", "register"]

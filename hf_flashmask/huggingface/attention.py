@@ -15,6 +15,7 @@ from hf_flashmask.attention import flashmask_attention
 from hf_flashmask.masks import ColumnMask
 
 from .packing import BuiltMask, split_documents
+from .paged import PagedStep
 from .sequence_parallel import masks_are_dropped, own_sinks, refuse_context_parallel
 from .tree_mask import TreeMask, WindowedTree
 
@@ -40,6 +41,7 @@ _NO_EFFECT = frozenset(
         "past_key_values",
         "position_embeddings",
         "return_dict",
+        "shift_labels",  # of the loss, where sequences are split among devices
         "token_type_ids",
         "use_cache",
     }
@@ -60,7 +62,7 @@ def flashmask_attention_forward(
     s_aux: Tensor | None = None,
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
-    cu_seq_lens_k: Tensor | None = None,
+    cu_seq_lens_k: Tensor | dict[str, Tensor] | None = None,
     seq_idx: Tensor | None = None,
     output_attentions: bool | None = None,
     **kwargs: Any,
@@ -72,7 +74,7 @@ def flashmask_attention_forward(
         key: ``[B, Hkv, Sk, D]``.
         value: ``[B, Hkv, Sk, Dv]``.
         attention_mask: what ``flashmask_mask`` made, a ``ColumnMask`` or a dense 4D mask of the user's, or None from
-            modules without masks (vision towers).
+            modules without masks (vision towers); a ``PagedStep`` adds keys and values of a paged cache.
         s_aux: attention sinks ``[Hq]``.
 
     Returns:
@@ -94,30 +96,23 @@ def flashmask_attention_forward(
             f"{where}: flashmask never forms attention weights, so output_attentions=True cannot be served; "
             "use attn_implementation='eager' for them"
         )
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    step = attention_mask if isinstance(attention_mask, PagedStep) else None
     for name, given in kwargs.items():
-        if given is not None and given is not False and name not in _NO_EFFECT:
+        known = name in _NO_EFFECT or (step is not None and name in PagedStep.ARGUMENTS)
+        if given is not None and given is not False and not known:
             raise NotImplementedError(
                 f"{where}: flashmask does not know the attention argument {name!r} and will not ignore it; "
                 "use attn_implementation='eager' or 'sdpa' for this model or call"
             )
+    if step is not None:
+        key, value, attention_mask = step.read(module, key, value, sliding_window)
+        # They are in that mask; position_ids say where a request is, not where it begins.
+        cu_seq_lens_q = cu_seq_lens_k = position_ids = None
     if (lower := _lower_dtype(module, query)) is not None:
         query, key, value = (t.to(lower) for t in (query, key, value))
 
-    q_len, kv_len = query.shape[2], key.shape[2]
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if attention_mask is None:
-        mask: ColumnMask = _without_mask(module, q_len, kv_len, is_causal, sliding_window, query.device)
-    elif isinstance(attention_mask, ColumnMask):
-        mask = attention_mask
-    elif isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
-        # A mask of keys only, [B, 1, 1, Sk], is for every query.
-        mask = _from_dense(attention_mask.expand(-1, -1, q_len, -1) if attention_mask.shape[2] == 1 else attention_mask)
-    else:
-        shape = f" of shape {tuple(attention_mask.shape)}" if isinstance(attention_mask, Tensor) else ""
-        raise TypeError(
-            f"{where}: attention_mask must be a ColumnMask, a dense 4D mask or None, got "
-            f"{type(attention_mask).__name__}{shape}"
-        )
+    mask = _given_mask(module, query, key, attention_mask, is_causal, sliding_window)
     if cu_seq_lens_q is not None and masks_are_dropped():
         raise NotImplementedError(
             f"{where}: under Ulysses sequence parallelism documents are told by position_ids, which DeepSpeed gathers; "
@@ -127,6 +122,11 @@ def flashmask_attention_forward(
         raise NotImplementedError(
             f"{where}: cu_seq_lens_q describes one packed row, but the batch has {query.shape[0]}; "
             "pack into one row or pass position_ids"
+        )
+    if isinstance(cu_seq_lens_k, dict):
+        raise NotImplementedError(
+            f"{where}: cu_seq_lens_k by layer type is continuous batching's, but its mask did not reach attention; "
+            "use attn_implementation='sdpa' for this model"
         )
     if _attends_elsewhere(module, is_causal):
         position_ids = seq_idx = None
@@ -182,6 +182,30 @@ def _say_casts(dtype: str) -> None:
         "are what makes them",
         dtype,
         dtype,
+    )
+
+
+def _given_mask(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: ColumnMask | Tensor | None,
+    is_causal: bool,
+    sliding_window: int | None,
+) -> ColumnMask:
+    """The attention_mask that a layer was given, as a ColumnMask."""
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if attention_mask is None:
+        return _without_mask(module, q_len, kv_len, is_causal, sliding_window, query.device)
+    if isinstance(attention_mask, ColumnMask):
+        return attention_mask
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
+        # A mask of keys only, [B, 1, 1, Sk], is for every query.
+        return _from_dense(attention_mask.expand(-1, -1, q_len, -1) if attention_mask.shape[2] == 1 else attention_mask)
+    shape = f" of shape {tuple(attention_mask.shape)}" if isinstance(attention_mask, Tensor) else ""
+    raise TypeError(
+        f"{type(module).__name__}: attention_mask must be a ColumnMask, a dense 4D mask or None, got "
+        f"{type(attention_mask).__name__}{shape}"
     )
 
 

@@ -17,6 +17,7 @@ import types
 from typing import Any
 
 NAME = "flashmask"
+PAGED_NAME = "paged|flashmask"  # what continuous batching of Transformers 5.17 makes of it
 _STOCK = "_hf_flashmask_stock_is_flash_attention_requested"
 
 
@@ -24,9 +25,10 @@ def _is_flash_attention_requested(
     config: Any = None, requested_attention_implementation: str | None = None, version: Any = None
 ) -> bool:
     # Runs with the globals of transformers.utils.generic: only names found there, and literals.
-    if config is None and requested_attention_implementation == "flashmask":
+    ours = ("flashmask", "paged|flashmask")
+    if config is None and requested_attention_implementation in ours:
         return False
-    if requested_attention_implementation is None and getattr(config, "_attn_implementation", None) == "flashmask":
+    if requested_attention_implementation is None and getattr(config, "_attn_implementation", None) in ours:
         return False
     return _hf_flashmask_stock_is_flash_attention_requested(  # type: ignore[name-defined]  # noqa: F821
         config, requested_attention_implementation, version

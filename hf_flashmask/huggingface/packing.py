@@ -20,8 +20,6 @@ from torch import Tensor
 from hf_flashmask.masks import ColumnMask
 from hf_flashmask.masks.intervals import run_spans
 
-from .naming import NAME
-
 
 class Documents(NamedTuple):
     """Rows ``[start, end)`` of the document that each key is in: int64 ``[B|1, S]``."""
@@ -164,12 +162,14 @@ def take_position_ids() -> Tensor | None:
     return position_ids
 
 
-def install() -> None:
+def install(mask_function: Any) -> None:
     """Let ``transformers.masking_utils._preprocess_mask_arguments`` note its position_ids for our mask. Idempotent.
+
+    Noted for every name that ``mask_function`` is registered under.
 
     Read in 5.17 and 5.23, where it drops them beside a cache or a mask. Can go when mask interfaces receive them.
     """
-    from transformers import masking_utils
+    from transformers import AttentionMaskInterface, masking_utils
 
     from .sequence_parallel import refuse_lost_mask
 
@@ -193,7 +193,7 @@ def install() -> None:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if config._attn_implementation == NAME:
+        if AttentionMaskInterface._global_mapping.get(config._attn_implementation) is mask_function:
             # A 4D tensor is returned as it is, so the mask interface never sees it.
             refuse_lost_mask(attention_mask)
             _local.position_ids = position_ids

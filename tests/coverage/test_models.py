@@ -46,3 +46,19 @@ def test_the_table_keeps_its_promise():
     assert [f"{row.kind} {row.type}: {row.reason}" for row in rows if row.status == "mismatch"] == []
     for row in rows:
         assert row.status == OK or row.reason, row
+
+
+def test_where_eager_is_not_causal_sdpa_is_the_reference(monkeypatch):
+    """Moshi of 5.17 makes no mask where none is given; sdpa has its flag, eager then sees later tokens."""
+    from transformers.models.llama import modeling_llama
+
+    from hf_flashmask.coverage.cases import check
+
+    make = modeling_llama.create_causal_mask
+    monkeypatch.setattr(
+        modeling_llama, "create_causal_mask", lambda **k: None if k["attention_mask"] is None else make(**k)
+    )
+    row = check("causal", "llama")
+    assert (row.status, row.reason) == (OK, "")
+    assert row.cases().pop("plain") == "as sdpa: eager sees later tokens where no mask is given"
+    assert {row.left, row.right, row.mask4d, row.dynamic, row.gradient} == {OK}

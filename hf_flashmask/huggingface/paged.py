@@ -1,0 +1,190 @@
+"""Continuous batching: ``generate_batch``, ``ContinuousBatchingManager`` and ``transformers serve``.
+
+A step packs the new tokens of many requests into one row, and Transformers' paged cache hands a layer the keys of those
+requests one after another, cached ones first. The mask is one causal block a request, aligned to its last key: two
+bounds a key where sdpa is given a dense mask of all new tokens by all keys.
+
+Read in Transformers 5.17 and 5.23, which take an implementation that is no FlashAttention build for one that needs such
+a dense mask, and refuse it or swap it for another. Can go when they ask the registry instead of the name.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_flashmask.masks import ColumnMask
+
+from .naming import NAME, PAGED_NAME
+
+
+class PagedStep(ColumnMask):
+    """A step of continuous batching, as the attention mask of its new tokens: what every layer needs to read the cache.
+
+    It travels as the mask since some models (StableLM) pass no other arguments to attention.
+    """
+
+    __slots__ = ("given",)
+    # What else continuous batching hands to models, where they pass it on: read from the step, or without effect here.
+    ARGUMENTS = frozenset(
+        {"block_table", "cache", "logits_indices", "logits_processor_args", "max_seqlen_k", "max_seqlen_q"}
+        | {"read_index", "write_index"}
+    )
+
+    def __init__(self, bounds: Tensor, *, causal: bool, q_len: int, given: dict[str, Any]) -> None:
+        super().__init__(bounds, causal=causal, q_len=q_len)
+        self.given = given
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> PagedStep:
+        """From what continuous batching gives to a model.
+
+        Raises:
+            NotImplementedError: it has block tables.
+        """
+        if given["block_table"] is not None:
+            raise NotImplementedError(
+                "flashmask reads a paged cache by indices and has no block tables; set max_blocks_per_request=0 in "
+                "ContinuousBatchingConfig"
+            )
+        names = ("cache", "cu_seq_lens_q", "cu_seq_lens_k", "read_index", "write_index")
+        q_len = given["input_ids"].shape[1]
+        own = paged_mask(given["cu_seq_lens_q"], given["cu_seq_lens_q"], q_len, q_len)
+        return cls(own.bounds, causal=False, q_len=q_len, given={name: given[name] for name in names})
+
+    def _moved(self, bounds: Tensor) -> PagedStep:
+        return PagedStep(bounds, causal=self.causal, q_len=self.q_len, given=self.given)
+
+    @torch.compiler.disable  # as Transformers' own: the cache is written in place through views of one tensor
+    def read(
+        self, module: torch.nn.Module, key: Tensor, value: Tensor, sliding_window: int | None
+    ) -> tuple[Tensor, Tensor, ColumnMask]:
+        """Write the new keys and values to the cache, and read those of all the step's requests.
+
+        Args:
+            key, value: ``[1, Hkv, Sq, D]``, ``[1, Hkv, Sq, Dv]``, of the new tokens.
+            sliding_window: what the layer asks for; the cache may keep no more than a window either.
+
+        Returns:
+            ``[1, Hkv, Sk, D]``, ``[1, Hkv, Sk, Dv]`` and their mask, Sq x Sk.
+
+        Raises:
+            NotImplementedError: keys that were cached elsewhere too, or a cache of another release of Transformers.
+        """
+        if key.shape[2] != self.q_len:
+            raise NotImplementedError(
+                f"{type(module).__name__}: continuous batching gave {self.q_len} new tokens, but {key.shape[2]} keys "
+                "came: this model fills a cache of its own beside the paged one; use model.generate for it"
+            )
+        cache, layer = self.given["cache"], module.layer_idx
+        indices = {name: self.given[name] for name in ("read_index", "write_index")}
+        cu_seqlens_k = self.given["cu_seq_lens_k"]
+        takes = _arguments(type(cache).update)
+        if "kwargs" in takes:  # 5.23; the cache replaces entries by those of the layer
+            step = {**indices, "cu_seq_lens_k": cu_seqlens_k, "max_length_k": dict.fromkeys(cu_seqlens_k)}
+            key, value = cache.update(key_states=key, value_states=value, layer_idx=layer, kwargs=step)
+            kept = getattr(cache.layer_to_allocator[layer], "sliding_window", None)
+        elif takes >= set(indices) and hasattr(cache, "sliding_windows"):  # 5.17
+            key, value = cache.update(key_states=key, value_states=value, layer_idx=layer, **indices)
+            key, value = (t.transpose(0, 1).unsqueeze(0) for t in (key, value))
+            window = cache.sliding_windows[layer]  # 1 says none
+            kept = None if window == 1 else window
+        else:
+            raise NotImplementedError(
+                f"this release of transformers has another PagedAttentionCache.update({', '.join(sorted(takes))}) "
+                "than hf_flashmask knows; install transformers==5.23.0 or a newer hf-flashmask, or use "
+                "attn_implementation='sdpa'"
+            )
+        if isinstance(cu_seqlens_k, dict):
+            cu_seqlens_k = cu_seqlens_k["full_attention" if kept is None else "sliding_attention"]
+        windows = [window for window in (sliding_window, kept) if window is not None]
+        return key, value, self._mask(cu_seqlens_k, key.shape[2], min(windows, default=None))
+
+    def _mask(self, cu_seqlens_k: Tensor, kv_len: int, window: int | None) -> ColumnMask:
+        """Shared by all layers of a kind."""
+        # A CUDA graph must make its mask itself: it is replayed with other lengths in the same tensors.
+        capturing = cu_seqlens_k.is_cuda and torch.cuda.is_current_stream_capturing()
+        key = ("paged", capturing, id(cu_seqlens_k), kv_len, window)
+        if key not in self._cache:
+            self._cache[key] = paged_mask(self.given["cu_seq_lens_q"], cu_seqlens_k, self.q_len, kv_len, window)
+        mask: ColumnMask = self._cache[key]
+        return mask
+
+
+@functools.cache
+def _arguments(function: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+def paged_mask(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q_len: int, kv_len: int, window: int | None = None
+) -> ColumnMask:
+    """One causal block a request, aligned to the last query and key of each; made on the device, without reading it.
+
+    Args:
+        cu_seqlens_q, cu_seqlens_k: int ``[R + 1]``. A request has at least as many keys as queries; rows and keys
+            behind the last one are padding and see nothing.
+        window: keys that a query sees, its own included.
+    """
+    j = torch.arange(kv_len, device=cu_seqlens_k.device)
+    starts_q, ends_k = cu_seqlens_q.to(torch.int64), cu_seqlens_k[1:].to(torch.int64)
+    request = torch.searchsorted(ends_k, j, right=True)  # R for padding
+    # What request R would be: no queries, behind the last.
+    ends_q = torch.cat((starts_q[1:], starts_q[-1:]))
+    first = j + (ends_q - torch.cat((ends_k, ends_k[-1:])))[request]
+    lts = ends_q[request] if window is None else torch.minimum(ends_q[request], first + window)
+    ute = torch.maximum(starts_q[request], first)
+    bounds = torch.stack((lts, ute)).clamp(0, q_len).to(torch.int32)
+    return ColumnMask(bounds[None, None], causal=False, q_len=q_len)
+
+
+# ---- what Transformers must be told -------------------------------------------------------------------------------
+
+
+def install(mask_function: Any) -> None:
+    """Let continuous batching run "flashmask" as it is and without a dense mask. Idempotent.
+
+    Steps go to every name that ``mask_function`` is registered under. CUDA graphs and asynchronous batches stay as for
+    sdpa: only if they are asked for.
+    """
+    from transformers.generation.continuous_batching import cache, continuous_api, input_outputs
+
+    for module in (continuous_api, cache):
+        stock = module.is_flash_attention_requested
+        if not hasattr(stock, "_hf_flashmask"):
+            setattr(module, "is_flash_attention_requested", _counts_as_flash(stock))  # noqa: B010  (for mypy)
+    ios = input_outputs.ContinuousBatchingIOs
+    if not hasattr(ios.get_model_kwargs, "_hf_flashmask"):
+        ios.get_model_kwargs = _with_step(ios.get_model_kwargs, mask_function)  # type: ignore[method-assign]
+
+
+def _counts_as_flash(stock: Any) -> Any:
+    @functools.wraps(stock)
+    def is_flash_attention_requested(
+        config: Any = None, requested_attention_implementation: str | None = None, version: Any = None
+    ) -> bool:
+        name = requested_attention_implementation or getattr(config, "_attn_implementation", None)
+        if version is None and name in (NAME, PAGED_NAME):
+            return True
+        return stock(config, requested_attention_implementation, version)
+
+    is_flash_attention_requested._hf_flashmask = True  # type: ignore[attr-defined]
+    return is_flash_attention_requested
+
+
+def _with_step(stock: Any, mask_function: Any) -> Any:
+    from transformers import AttentionMaskInterface
+
+    @functools.wraps(stock)
+    def get_model_kwargs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = stock(self, *args, **kwargs)
+        if AttentionMaskInterface._global_mapping.get(self.config._attn_implementation) is mask_function:
+            given["attention_mask"] = PagedStep.of(given)
+        return given
+
+    get_model_kwargs._hf_flashmask = True  # type: ignore[attr-defined]
+    return get_model_kwargs
