@@ -22,7 +22,9 @@ HOPPER_AUTO_LENGTH = 4096
 def choose(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
     """The backend that serves checked inputs when any but "reference" is asked for: "torch", "triton" or "hopper".
 
-    The same for the same inputs, so that a backward gets what its forward got.
+    The same for the same inputs, so that a backward gets what its forward got. Inside "triton", a forward of up to 16
+    queries is done by the kernels that split the keys (``triton/decode.py``), whether a gradient is wanted or not: the
+    backward needs out and lse alone, and a model says the same in evaluation and in training.
 
     Raises:
         NotImplementedError: the one asked for cannot serve the inputs.
