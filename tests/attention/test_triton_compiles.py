@@ -174,7 +174,6 @@ def decode_launches(monkeypatch, capability, dtype, head_dim, causal, vectors, q
     ("capability", "dtype", "head_dim", "mask", "q_len", "stack"),
     [
         ((9, 0), torch.bfloat16, 128, "causal", 1, 64),
-        ((9, 0), torch.bfloat16, 256, "4 bounds", 16, 320),
         ((8, 0), torch.bfloat16, 128, "4 bounds", 8, 160),
         ((8, 6), torch.bfloat16, 256, "causal", 1, 64),
         ((8, 9), torch.float32, 64, "4 bounds", 4, 160),
@@ -216,7 +215,9 @@ def test_plan_kernels(capability, mask, monkeypatch, tmp_path):
 
 
 def test_amd(monkeypatch):
-    for kernel, arguments in launches(monkeypatch, AMD, torch.bfloat16, 64, *MASKS["causal"]):
+    seen = launches(monkeypatch, AMD, torch.bfloat16, 64, *MASKS["causal"])
+    seen += decode_launches(monkeypatch, AMD, torch.bfloat16, 64, *MASKS["causal"], q_len=1)
+    for kernel, arguments in seen:
         result = compiled(kernel, arguments, AMD)
         assert "hsaco" in result.asm
         assert result.metadata.shared <= ROOM[AMD]
