@@ -171,6 +171,25 @@ def _bench_serving(args: argparse.Namespace) -> None:
     print(f"\nwrote {args.out}")
 
 
+def _bench_infer(args: argparse.Namespace) -> None:
+    from hf_flashmask.bench import infer
+
+    names = (
+        "memory", "heads", "kv_heads", "head_dim", "layers", "hidden", "intermediate", "vocab_size", "prompt",
+        "new_tokens", "prefill", "window", "steps", "device", "dtype", "backend", "out", "time_budget", "commit",
+        "command",
+    )  # fmt: skip
+    with _refusals():
+        setup = infer.Setup(
+            cases=tuple(args.cases or infer.CASES),
+            batches=tuple(args.batches),
+            lengths=tuple(args.lengths),
+            **{name: getattr(args, name) for name in names},
+        )
+        print("\n" + infer.run(setup))
+    print(f"\nwrote {args.out}")
+
+
 def _bench_plot(args: argparse.Namespace) -> None:
     _need(("matplotlib",), "bench")
     from hf_flashmask.bench import plots
@@ -398,6 +417,7 @@ def parser() -> argparse.ArgumentParser:
     _add_origin(trainers, "trainers.csv", device="cpu")
     trainers.set_defaults(run=_bench_trainers)
     _add_serving(bench)
+    _add_infer(bench)
 
     table = bench.add_parser("table", help="a Markdown table of what 'kernels' wrote")
     table.add_argument("csv", type=Path)
@@ -432,6 +452,26 @@ def _add_serving(bench: Any) -> None:
     serving.add_argument("--out", type=Path, default=Path("serving.csv"), help="CSV to append rows to (%(default)s)")
     serving.add_argument("--commit", help="what to write as the commit (default: that of the checkout)")
     serving.set_defaults(run=_bench_serving)
+
+
+def _add_infer(bench: Any) -> None:
+    infer = bench.add_parser("infer", help="decoding over a cache, generate and long prefills, against sdpa and flex")
+    infer.add_argument("--cases", nargs="+", help="names, default all")
+    infer.add_argument("--batches", type=_positive, nargs="+", default=[1, 4, 16, 64])
+    infer.add_argument("--lengths", type=_positive, nargs="+", default=[2048, 8192, 32768, 131072], help="keys")
+    infer.add_argument("--memory", type=float, default=40.0, metavar="GIB", help="largest cache (%(default)s)")
+    for name, default, what in (
+        ("heads", 32, "query heads"), ("kv-heads", 8, "key heads"), ("head-dim", 128, "of attention alone"),
+        ("layers", 8, "of whole models, as what follows"), ("hidden", 4096, "width"), ("intermediate", 14336, "width"),
+        ("vocab-size", 128256, "tokens"), ("prompt", 4096, "tokens before generating"),
+        ("new-tokens", 256, "generated"), ("prefill", 32768, "tokens of a prefill"), ("window", 4096, "of a prefill"),
+        ("steps", 3, "timed runs of whole models"),
+    ):  # fmt: skip
+        infer.add_argument(f"--{name}", type=_positive, default=default, help=f"{what} (%(default)s)")
+    infer.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of models (%(default)s)")
+    infer.add_argument("--backend", default="triton", help="of ours in attention alone (%(default)s)")
+    _add_origin(infer, "infer.csv")
+    infer.set_defaults(run=_bench_infer)
 
 
 def _add_check(commands: Any) -> None:

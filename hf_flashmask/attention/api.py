@@ -67,8 +67,9 @@ def flashmask_attention(
         return_lse: also return ``lse``, float32 ``[B, Hq, Sq]`` (float64 for float64), the log of the softmax
             denominator, sinks included; differentiable.
         backend: "auto", "hopper" (compute capability 9.0; 16-bit, head dims up to 128), "triton" (GPUs; 16-bit or
-            float32, head dims up to 256), "torch" (any device) or "reference" (dense, for tests). An explicit choice is
-            never replaced by another; "auto" takes the one measured to be the fastest that serves, for each pass.
+            float32, head dims up to 256; up to 16 queries, as in generation, by kernels that split the keys), "torch"
+            (any device) or "reference" (dense, for tests). An explicit choice is never replaced by another; "auto"
+            takes the one measured to be the fastest that serves, for each pass.
         deterministic: the same bits run after run. Only the backward of "hopper" is not like that by itself: it adds up
             the gradient of q in any order. The Triton kernels then serve in its place, as they do after
             ``torch.use_deterministic_algorithms(True)``.

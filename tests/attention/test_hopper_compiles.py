@@ -27,7 +27,7 @@ def launched(monkeypatch, *, dtype=torch.bfloat16, head_dim=128, causal=False, v
         monkeypatch.setattr(launch, name, Recorder(getattr(launch, name), seen))
     for name in ("_columns_kernel", "_rows_kernel", "_order_kernel"):
         monkeypatch.setattr(plan, name, Recorder(getattr(plan, name), []))
-    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
     mask = ColumnMask(torch.zeros(1, 1, vectors, 256, dtype=torch.int32), causal=causal)
     q, k, v = (torch.zeros(2, 256, heads, head_dim, dtype=dtype) for heads in (4, 2, 2))
     sinks = torch.zeros(4, dtype=dtype) if sinks else None

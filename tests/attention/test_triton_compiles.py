@@ -153,6 +153,53 @@ def test_fits_and_spills_little(name, capability, dtype, head_dim, mask, stack, 
         assert usage[1] <= stack, f"{usage[0]} registers, {usage[1]} bytes of stack"
 
 
+def decode_launches(monkeypatch, capability, dtype, head_dim, causal, vectors, q_len):
+    """(kernel, arguments) of both launches for few queries."""
+    from hf_flashmask.attention.triton import decode_launch, launch
+
+    seen = []
+
+    def run(kernel, programs, key, arguments, constants, options):
+        seen.append((kernel, {**dict(zip(kernel.arg_names, (*arguments, *constants), strict=True)), **options}))
+
+    monkeypatch.setattr(decode_launch, "_run", run)
+    monkeypatch.setattr(launch, "_device", lambda device: (capability, ROOM[capability]))
+    mask = ColumnMask(torch.zeros(2, 1, vectors, 4096, dtype=torch.int32), causal=causal, q_len=q_len)
+    q, k, v = (torch.zeros(2, n, h, head_dim, dtype=dtype) for n, h in ((q_len, 8), (4096, 2), (4096, 2)))
+    decode_launch.forward(q, k, v, mask, 0.1, 30.0 if vectors == 4 else 0.0, torch.zeros(8))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "mask", "q_len", "stack"),
+    [
+        ((9, 0), torch.bfloat16, 128, "causal", 1, 64),
+        ((8, 0), torch.bfloat16, 128, "4 bounds", 8, 160),
+        ((8, 6), torch.bfloat16, 256, "causal", 1, 64),
+        ((8, 9), torch.float32, 64, "4 bounds", 4, 160),
+        ((10, 0), torch.bfloat16, 128, "causal", 16, 256),
+        ((12, 0), torch.float16, 128, "4 bounds", 1, 64),
+    ],
+    ids=lambda value: f"sm_{value[0]}{value[1]}" if isinstance(value, tuple) else str(value).removeprefix("torch."),
+)
+def test_decode(capability, dtype, head_dim, mask, q_len, stack, monkeypatch, tmp_path, record_property):
+    (decode, arguments), (combine, others) = decode_launches(
+        monkeypatch, capability, dtype, head_dim, *MASKS[mask], q_len
+    )
+    result = compiled(decode, arguments, capability)
+    assert "trap;" not in result.asm["ptx"]
+    assert result.metadata.shared <= ROOM[capability]
+    # Loads of later blocks are under way while a block is computed.
+    assert result.asm["ptx"].count("cp.async.wait_group") >= 2
+    usage = registers_and_stack(result.asm["cubin"], tmp_path)
+    if usage is not None:
+        record_property("registers", usage[0])
+        record_property("stack", usage[1])
+        assert usage[1] <= stack, f"{usage[0]} registers, {usage[1]} bytes of stack"
+    if q_len == 1:
+        assert "trap;" not in compiled(combine, others, capability).asm["ptx"]
+
+
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)], ids=lambda c: f"sm_{c[0]}{c[1]}")
 @pytest.mark.parametrize("mask", MASKS)
 def test_plan_kernels(capability, mask, monkeypatch, tmp_path):
@@ -168,7 +215,9 @@ def test_plan_kernels(capability, mask, monkeypatch, tmp_path):
 
 
 def test_amd(monkeypatch):
-    for kernel, arguments in launches(monkeypatch, AMD, torch.bfloat16, 64, *MASKS["causal"]):
+    seen = launches(monkeypatch, AMD, torch.bfloat16, 64, *MASKS["causal"])
+    seen += decode_launches(monkeypatch, AMD, torch.bfloat16, 64, *MASKS["causal"], q_len=1)
+    for kernel, arguments in seen:
         result = compiled(kernel, arguments, AMD)
         assert "hsaco" in result.asm
         assert result.metadata.shared <= ROOM[AMD]

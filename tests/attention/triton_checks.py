@@ -38,8 +38,8 @@ def row_error(actual, expected):
 
 def compare(mask, *, heads=4, kv_heads=4, batch=2, d=16, dv=16, softcap=None, sinks=False, dlse=False, scale=None,
             dtype=torch.float32, device="cpu", transposed=False, scores=1.0, tol=None, grad_tol=None,
-            backend="triton"):  # fmt: skip
-    """Output, lse and the gradient of every input against dense attention in float64.
+            backend="triton", gradients=True):  # fmt: skip
+    """Output, lse and, unless told, the gradient of every input against dense attention in float64.
 
     ``transposed``: inputs and the output's gradient are views of [B, H, S, D] memory. ``scores`` scales q.
     """
@@ -56,7 +56,7 @@ def compare(mask, *, heads=4, kv_heads=4, batch=2, d=16, dv=16, softcap=None, si
     inputs = [q, k, tensor(mask.kv_len, kv_heads, dv)]
     if sinks:
         inputs.append(torch.randn(heads, **make))
-    inputs = [t.requires_grad_() for t in inputs]
+    inputs = [t.requires_grad_(gradients) for t in inputs]
     do = tensor(mask.q_len, heads, dv)
     dl = torch.randn(batch, heads, mask.q_len, **make)
     mask = mask.to(device)
@@ -66,13 +66,17 @@ def compare(mask, *, heads=4, kv_heads=4, batch=2, d=16, dv=16, softcap=None, si
             *tensors[:3], mask, softcap=softcap, sinks=tensors[3] if sinks else None, softmax_scale=scale,
             return_lse=True, backend=backend,
         )  # fmt: skip
-        gradients = [do.to(out.dtype)]
+        if not gradients:
+            return out, lse, ()
+        weights = [do.to(out.dtype)]
         if dlse:
-            gradients.append(dl.to(lse.dtype).masked_fill(lse == -torch.inf, 0.0))
-        return out, lse, torch.autograd.grad([out, lse][: len(gradients)], tensors, gradients)
+            weights.append(dl.to(lse.dtype).masked_fill(lse == -torch.inf, 0.0))
+        return out, lse, torch.autograd.grad([out, lse][: len(weights)], tensors, weights)
 
     out, lse, grads = run(inputs, backend)
-    expected, expected_lse, expected_grads = run([t.detach().double().requires_grad_() for t in inputs], "reference")
+    expected, expected_lse, expected_grads = run(
+        [t.detach().double().requires_grad_(gradients) for t in inputs], "reference"
+    )
     assert out.dtype == dtype
     assert out.shape == expected.shape
     assert lse.dtype == torch.float32

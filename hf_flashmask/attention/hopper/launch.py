@@ -14,14 +14,20 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from hf_flashmask.attention.backends import describable
 from hf_flashmask.attention.plan import TileList, cached
 from hf_flashmask.attention.sinks import sink_gradient
-from hf_flashmask.attention.triton.launch import BOUNDS_BLOCK, padded_bounds, positive_scale, tile_list
+from hf_flashmask.attention.triton.launch import (
+    BOUNDS_BLOCK,
+    LOG2E,
+    multiprocessors,
+    padded_bounds,
+    positive_scale,
+    tile_list,
+)
 from hf_flashmask.masks import ColumnMask
 
 from .backward import backward_kernel
 from .dq_buffer import finish_kernel, prepare_kernel
 from .forward import forward_kernel
 
-_LOG2E = 1.4426950408889634
 _BLOCK_M = 128  # two warpgroups of 64 rows
 _BLOCK_N = 128  # a thread of a warpgroup for each column's bounds
 _GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -100,7 +106,7 @@ def forward(
     out = q.new_empty(batch, q_len, heads_q, head_dim_v)
     lse = q.new_empty(batch, heads_q, q_len, dtype=torch.float32)
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        forward_kernel[(min(_multiprocessors(q.device), batch * heads_q * lists.lines),)](
+        forward_kernel[(min(multiprocessors(q.device), batch * heads_q * lists.lines),)](
             _descriptor(q, 64, width), _descriptor(k, _BLOCK_N, width), _descriptor(v, _BLOCK_N, width),
             _descriptor(out, 64, width), lse, lse if sinks is None else sinks,
             TensorDescriptor(bounds.flatten(), [bounds.numel()], [1], [_BLOCK_N], _ROW_LAYOUT),
@@ -143,7 +149,7 @@ def backward(
             out, do, lse, lse if dlse is None else dlse.contiguous(), stats, buffer, *_strides(out), *_strides(do),
             HEAD_DIM_V=head_dim_v, BLOCK_D=width, DLSE=dlse is not None, **shared,
         )  # fmt: skip
-        backward_kernel[(min(_multiprocessors(q.device), batch * heads_kv * lists.lines),)](
+        backward_kernel[(min(multiprocessors(q.device), batch * heads_kv * lists.lines),)](
             _descriptor(q, _BACKWARD_BLOCK_M, width), _descriptor(do, _BACKWARD_BLOCK_M, width),
             TensorDescriptor(stats, list(stats.shape), [_BACKWARD_BLOCK_M, 1], [2, _BACKWARD_BLOCK_M], _STATS_LAYOUT),
             _descriptor(k, _BLOCK_N, width), _descriptor(v, _BLOCK_N, width),
@@ -181,7 +187,7 @@ def _common(
         "heads_total": batch * heads, "heads": heads, "group": heads_q // heads_kv,
         "mask_stride": masks_h if masks_b > 1 else 0, "mask_heads": heads_q // masks_h,
         # Scores become powers of two, since exp2 is what the hardware has.
-        "qk_scale": (softcap or softmax_scale) * _LOG2E, "cap_scale": softmax_scale / softcap if softcap else 0.0,
+        "qk_scale": (softcap or softmax_scale) * LOG2E, "cap_scale": softmax_scale / softcap if softcap else 0.0,
         "NUM_BOUNDS": bounds.shape[0] // (masks_b * masks_h), "SOFTCAP": bool(softcap),
     }  # fmt: skip
 
@@ -193,11 +199,6 @@ def _tiles(width: int, configs: dict[int, Config]) -> dict[str, int]:
 def _strides(t: Tensor) -> list[int]:
     """Of batch, head and row."""
     return [t.stride(0), t.stride(2), t.stride(1)]
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _descriptor(t: Tensor, rows: int, width: int) -> TensorDescriptor:

@@ -6,6 +6,7 @@ heads at a time keep K and V in L2. ``flashmask bench kernels`` shows what a cha
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import triton
@@ -30,10 +31,11 @@ class Config(NamedTuple):
         """Bytes of tiles a program holds at once, own rows and stages of the other side's."""
         own, other = (self.block_n, self.block_m) if kernel == "dkdv" else (self.block_m, self.block_n)
         both = padded(head_dim) + padded(head_dim_v)
-        own_width = padded(head_dim) if kernel == "forward" else both
+        own_width = padded(head_dim) if kernel in ("forward", "decode", "draft") else both
         return itemsize * ((0 if self.in_registers else own * own_width) + self.num_stages * other * both)
 
 
+@functools.cache
 def padded(head_dim: int) -> int:
     """Head dim of the tiles: Triton's are powers of two, its dots at least 16 wide."""
     return max(16, triton.next_power_of_2(head_dim))
@@ -58,6 +60,13 @@ _PORTABLE = {
     ("dkdv", 64): [Config(64, 64, 4, 2), Config(32, 64, 4, 2)],
     ("dkdv", 128): [Config(64, 128, 8, 2), Config(64, 64, 8, 2), Config(32, 64, 4, 2), Config(32, 32, 4, 2)],
     ("dkdv", 256): [Config(64, 64, 8, 2), Config(32, 64, 8, 2), Config(32, 32, 4, 2), Config(16, 32, 4, 1)],
+    # One query of up to 16 heads a key head, and more rows: block_m is the most that a tile has.
+    ("decode", 64): [Config(16, 64, 4, 3), Config(16, 32, 4, 2)],
+    ("decode", 128): [Config(16, 64, 4, 3), Config(16, 32, 4, 3)],
+    ("decode", 256): [Config(16, 32, 4, 3), Config(16, 16, 4, 2)],
+    ("draft", 64): [Config(64, 64, 4, 3), Config(32, 32, 4, 2)],
+    ("draft", 128): [Config(64, 64, 4, 3), Config(32, 32, 4, 3)],
+    ("draft", 256): [Config(64, 32, 4, 3), Config(32, 32, 4, 2), Config(16, 16, 4, 2)],
 }
 # float32 in three tf32 products: small blocks, since operands are split in registers.
 _FLOAT32 = {
@@ -70,13 +79,20 @@ _FLOAT32 = {
     ("dkdv", 64): [Config(32, 32, 4, 1)],
     ("dkdv", 128): [Config(16, 32, 8, 1), Config(16, 16, 4, 1)],
     ("dkdv", 256): [Config(16, 16, 4, 1)],
+    ("decode", 64): [Config(16, 32, 4, 2)],
+    ("decode", 128): [Config(16, 32, 4, 2)],
+    ("decode", 256): [Config(16, 16, 4, 2)],
+    ("draft", 64): [Config(32, 32, 4, 2)],
+    ("draft", 128): [Config(32, 32, 4, 2)],
+    ("draft", 256): [Config(16, 16, 4, 2)],
 }
 
 
+@functools.cache
 def candidates(
     kernel: str, capability: tuple[int, int], room: int, head_dim: int, head_dim_v: int, itemsize: int
-) -> list[Config]:
-    """Configurations of a kernel ("forward", "dq" or "dkdv") for a device with ``room`` bytes of shared memory a block.
+) -> tuple[Config, ...]:
+    """Configurations of a kernel ("forward", "dq", "decode", ...) for ``room`` bytes of shared memory a block.
 
     The first is the one to use; the others are for compilers that need more than the tiles' bytes. The last is there
     even where it should not fit.
@@ -84,12 +100,12 @@ def candidates(
     width = max(64, padded(head_dim), padded(head_dim_v))
     if itemsize == 4:
         choices = _FLOAT32[kernel, width]
-    elif capability == (9, 0) and width <= 128:
+    elif capability == (9, 0) and (kernel, width) in _HOPPER:
         choices = _HOPPER[kernel, width]
     else:
         choices = _PORTABLE[kernel, width]
     fitting = [c for c in choices if c.shared_memory(kernel, head_dim, head_dim_v, itemsize) <= room]
-    return fitting or choices[-1:]
+    return tuple(fitting or choices[-1:])
 
 
 def uses_tma(capability: tuple[int, int], itemsize: int) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from .backward import dkdv_kernel, dq_kernel
 from .configs import Config, padded
 from .forward import forward_kernel
 
-_LOG2E = 1.4426950408889634
+LOG2E = 1.4426950408889634
 # Bounds and row statistics are padded to whole blocks of any configuration.
 BOUNDS_BLOCK = 128
 
@@ -120,7 +122,7 @@ class _Case:
         self.bounds = padded_bounds(mask)
         self.softmax_scale = softmax_scale
         # Scores become powers of two, since exp2 is what the hardware has.
-        self.qk_scale = (softcap or softmax_scale) * _LOG2E
+        self.qk_scale = (softcap or softmax_scale) * LOG2E
         self.cap_scale = softmax_scale / softcap if softcap else 0.0
         self.softcap = bool(softcap)
 
@@ -133,20 +135,11 @@ class _Case:
             tiles: its ``[B, S, H, D]`` tensors by parameter name.
             vectors: its other tensors.
         """
-        capability, room = _device(self.device)
-        tma = configs.uses_tma(capability, self.dtype.itemsize) and all(describable(t) for t in tiles.values())
-        choices = configs.candidates(name, capability, room, self.head_dim, self.head_dim_v, self.dtype.itemsize)
-        for i, config in enumerate(choices):
-            try:
-                self._launch(kernel, name, config, tma, tiles, vectors, flags)
-                return
-            except OutOfResources as error:
-                if i + 1 == len(choices):
-                    raise RuntimeError(
-                        f"no configuration of the {name} kernel fits {self.device}: head dims {self.head_dim} and "
-                        f"{self.head_dim_v} of {self.dtype} need {error.required} of {error.name}, the device has "
-                        f"{error.limit}; use backend='torch'"
-                    ) from error
+        tma = configs.uses_tma(_device(self.device)[0], self.dtype.itemsize) and all(
+            describable(t) for t in tiles.values()
+        )
+        shape = (self.head_dim, self.head_dim_v, self.dtype, self.device)
+        with_room(name, *shape, lambda config: self._launch(kernel, name, config, tma, tiles, vectors, flags))
 
     def _launch(
         self,
@@ -190,17 +183,34 @@ class _Case:
                 BLOCK_D=padded(self.head_dim), BLOCK_DV=padded(self.head_dim_v),
                 BLOCK_M=config.block_m, BLOCK_N=config.block_n,
                 CAUSAL=self.mask.causal, NUM_BOUNDS=self.mask.bounds.shape[2], SOFTCAP=self.softcap,
-                TMA=tma, TMA_BOUNDS=tma_bounds, PRECISION=_precision(self.dtype), HEAD_GROUP=config.head_group,
+                TMA=tma, TMA_BOUNDS=tma_bounds, PRECISION=precision(self.dtype), HEAD_GROUP=config.head_group,
                 STAGES=config.num_stages, MERGE=config.merge, **registers, **flags,
                 num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
             )  # fmt: skip
+
+
+def with_room(
+    name: str, head_dim: int, head_dim_v: int, dtype: torch.dtype, device: torch.device, run: Callable[[Config], None]
+) -> None:
+    """Run a kernel with the first of its configurations that the device has room for."""
+    choices = configs.candidates(name, *_device(device), head_dim, head_dim_v, dtype.itemsize)
+    for i, config in enumerate(choices):
+        try:
+            run(config)
+            return
+        except OutOfResources as error:
+            if i + 1 == len(choices):
+                raise RuntimeError(
+                    f"no configuration of the {name} kernel fits {device}: head dims {head_dim} and {head_dim_v} of "
+                    f"{dtype} need {error.required} of {error.name}, the device has {error.limit}; use backend='torch'"
+                ) from error
 
 
 _QUERY_SIDE = {"q", "out", "do", "dq"}
 _SHORT = {"out": "o"}
 
 
-def _precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype) -> str:
     """How float32 tiles are multiplied: tf32 only where the user allowed it for torch's own matmuls.
 
     Otherwise in three tf32 products, which give float32's accuracy on tensor cores.
@@ -210,6 +220,7 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+@functools.cache
 def _device(device: torch.device) -> tuple[tuple[int, int], int]:
     """Compute capability and shared memory a block; a CPU is Triton's interpreter."""
     if device.type == "cpu":
@@ -218,6 +229,11 @@ def _device(device: torch.device) -> tuple[tuple[int, int], int]:
     if torch.version.hip:
         return (0, 0), 65536
     return (properties.major, properties.minor), properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return 4 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _descriptor(t: Tensor, rows: int) -> TensorDescriptor:

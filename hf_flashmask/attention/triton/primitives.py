@@ -80,13 +80,8 @@ def load_bounds(bounds, mask, n0, stride, BLOCK_N: tl.constexpr, NUM_BOUNDS: tl.
 
 
 @triton.jit
-def hide(x, hidden, m, n, m0, n0, b0, b1, b2, b3, diagonal, CAUSAL: tl.constexpr, NUM_BOUNDS: tl.constexpr,
-         BLOCK_N: tl.constexpr, BRANCH: tl.constexpr):  # fmt: skip
-    """x with ``hidden`` in place of what the mask hides. m and n, from m0 and n0, broadcast to its shape.
-
-    ``diagonal`` is kv_len - q_len. BRANCH: compare with it only in tiles that it crosses, which most partial tiles are
-    not; worth it where registers are to spare.
-    """
+def seen(m, b0, b1, b2, b3, CAUSAL: tl.constexpr, NUM_BOUNDS: tl.constexpr):
+    """Whether rows m see the columns of these bounds; of a causal mask, the triangle apart."""
     if NUM_BOUNDS == 1:
         visible = m < b0
     elif NUM_BOUNDS == 2 and CAUSAL:
@@ -95,6 +90,18 @@ def hide(x, hidden, m, n, m0, n0, b0, b1, b2, b3, diagonal, CAUSAL: tl.constexpr
         visible = (m < b0) & (m >= b1)
     else:
         visible = ((m < b0) | (m >= b1)) & ((m < b2) | (m >= b3))
+    return visible
+
+
+@triton.jit
+def hide(x, hidden, m, n, m0, n0, b0, b1, b2, b3, diagonal, CAUSAL: tl.constexpr, NUM_BOUNDS: tl.constexpr,
+         BLOCK_N: tl.constexpr, BRANCH: tl.constexpr):  # fmt: skip
+    """x with ``hidden`` in place of what the mask hides. m and n, from m0 and n0, broadcast to its shape.
+
+    ``diagonal`` is kv_len - q_len. BRANCH: compare with it only in tiles that it crosses, which most partial tiles are
+    not; worth it where registers are to spare.
+    """
+    visible = seen(m, b0, b1, b2, b3, CAUSAL, NUM_BOUNDS)
     if CAUSAL and not BRANCH:
         visible = visible & (m >= n - diagonal)
     x = tl.where(visible, x, hidden)

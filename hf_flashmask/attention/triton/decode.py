@@ -1,0 +1,227 @@
+"""The kernels for few queries over many keys (generation): the keys of a head are split among programs, then combined.
+
+The query heads that share a key head, times the query rows, are the rows of one tile, so K and V are read once. Every
+program looks at the bounds of its own blocks of keys, some at a time, and reads the blocks that a row of it sees.
+Blocks are dealt out to the splits in turn, so that a window, or the filled part of a static cache, keeps all of them
+busy.
+"""
+
+import triton
+import triton.language as tl
+
+from .primitives import LENGTHS, LN2, LOG2E, LOWEST, load_tile, seen, tanh
+
+DECODE_LENGTHS = (*LENGTHS, "splits", "chunks", "bounds_sb", "bounds_sh", "bounds_sg", "bounds_sc")
+
+
+@triton.jit
+def _load_bounds(bounds, n, kv_len, stride, NUM_BOUNDS: tl.constexpr):
+    """The bound vectors of columns n, in n's shape; those beyond NUM_BOUNDS repeat the first."""
+    inside = n < kv_len
+    b0 = tl.load(bounds + n, mask=inside, other=0)
+    b1 = b0
+    b2 = b0
+    b3 = b0
+    if NUM_BOUNDS >= 2:
+        b1 = tl.load(bounds + stride + n, mask=inside, other=0)
+    if NUM_BOUNDS == 4:
+        b2 = tl.load(bounds + 2 * stride + n, mask=inside, other=0)
+        b3 = tl.load(bounds + 3 * stride + n, mask=inside, other=0)
+    return b0, b1, b2, b3
+
+
+@triton.jit
+def _some(lo, last, b0, b1, b2, b3, CAUSAL: tl.constexpr, NUM_BOUNDS: tl.constexpr):
+    """Whether some row of [lo, last) sees a column: the first that does is lo, or comes right after hidden rows."""
+    if NUM_BOUNDS == 1:
+        some = lo < tl.minimum(b0, last)
+    elif NUM_BOUNDS == 2 and CAUSAL:
+        some = (lo < tl.minimum(b0, last)) | (tl.maximum(lo, b1) < last)
+    elif NUM_BOUNDS == 2:
+        some = tl.maximum(lo, b1) < tl.minimum(b0, last)
+    else:
+        some = (lo < last) & seen(lo, b0, b1, b2, b3, CAUSAL, NUM_BOUNDS)
+        after = tl.maximum(lo, b1)
+        some = some | ((after < last) & seen(after, b0, b1, b2, b3, CAUSAL, NUM_BOUNDS))
+        after = tl.maximum(lo, b3)
+        some = some | ((after < last) & seen(after, b0, b1, b2, b3, CAUSAL, NUM_BOUNDS))
+    return some
+
+
+@triton.jit
+def _every(first, last, b0, b1, b2, b3, CAUSAL: tl.constexpr, NUM_BOUNDS: tl.constexpr):
+    """Whether all rows of [first, last) see a column; of a causal mask, the triangle apart."""
+    if NUM_BOUNDS == 1:
+        every = b0 >= last
+    elif NUM_BOUNDS == 2 and not CAUSAL:
+        every = (b0 >= last) & (b1 <= first)
+    else:
+        every = (b0 >= last) | (b1 <= first) | (b0 >= b1)
+    if NUM_BOUNDS == 4:
+        every = every & ((b2 >= last) | (b3 <= first) | (b2 >= b3))
+    return every
+
+
+@triton.jit
+def _scan(
+    bounds, n, first_row, last_row, kv_len, stride, stride_g, mask_heads, diagonal,
+    BLOCKS: tl.constexpr, CAUSAL: tl.constexpr, NUM_BOUNDS: tl.constexpr,
+):  # fmt: skip
+    """Of the up to 8 blocks of columns n ([BLOCKS, BLOCK_N]): which some row sees and which all rows see whole, as
+    bits; how many some row sees; and where the last column ends that is seen.
+
+    A program waits for this before it loads keys, so it is short: few instructions a column, few reductions.
+    """
+    lo = tl.maximum(first_row, n - diagonal) if CAUSAL else first_row
+    some = n < 0
+    every = n < kv_len
+    for g in range(mask_heads):
+        b0, b1, b2, b3 = _load_bounds(bounds + g * stride_g, n, kv_len, stride, NUM_BOUNDS)
+        some = some | _some(lo, last_row, b0, b1, b2, b3, CAUSAL, NUM_BOUNDS)
+        every = every & _every(first_row, last_row, b0, b1, b2, b3, CAUSAL, NUM_BOUNDS)
+    if CAUSAL:
+        every = every & (lo <= first_row)
+    some = some & (n < kv_len)
+    # Columns that some row sees, plus 65536 times those that not all do.
+    counts = tl.sum(tl.where(every, 1, tl.where(some, 65537, 65536)), 1)  # [BLOCKS]
+    bit = tl.full([BLOCKS], 1, tl.int32) << tl.arange(0, BLOCKS)
+    visit = tl.where((counts & 65535) > 0, bit + 65536, 0)
+    packed = tl.sum(visit + tl.where(counts < 65536, bit << 8, 0), 0)
+    end = tl.max(tl.where(some, n + 1, 0), None)
+    return packed & 255, (packed >> 8) & 255, packed >> 16, end
+
+
+@triton.jit(do_not_specialize=DECODE_LENGTHS)
+def decode_kernel(
+    q, k, v, bounds, partial, partial_lse,
+    q_sb, q_sh, q_ss, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, bounds_sb, bounds_sh, bounds_sg, bounds_sc,
+    q_len, kv_len, heads, group, mask_heads, splits, chunks, row_tiles, qk_scale, cap_scale,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
+    CAUSAL: tl.constexpr, NUM_BOUNDS: tl.constexpr, MASK_PER_ROW: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One split's share of BLOCK_M rows of one key head: ``partial [B, Hkv, Sq * group, splits, Dv]``, float32, and the
+    base-2 logarithm of its weight; -inf for rows that see nothing of it, whose partial is anything.
+
+    ``heads`` are key heads, ``group`` the query heads of each; row r is query ``r // group`` of head ``r % group``.
+    ``mask_heads`` is how many masks a group has: 1, or with MASK_PER_ROW ``group``. Scores times ``qk_scale`` are in
+    powers of two; with SOFTCAP they are first ``tanh(scores * cap_scale)``.
+    """
+    pid = tl.program_id(0)
+    tile = pid % row_tiles
+    split = pid // row_tiles % splits
+    bh = pid // row_tiles // splits
+    b = bh // heads
+    h = bh % heads
+    rows = q_len * group
+    r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = r // group
+    g = r % group
+    diagonal = kv_len - q_len
+    bounds += b.to(tl.int64) * bounds_sb + h.to(tl.int64) * bounds_sh
+
+    d = tl.arange(0, BLOCK_D)
+    at = q + b.to(tl.int64) * q_sb + ((h * group + g).to(tl.int64) * q_sh + m.to(tl.int64) * q_ss)[:, None] + d[None, :]
+    q_tile = tl.load(at, mask=(r < rows)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
+    m_i = tl.full([BLOCK_M], LOWEST, tl.float32)
+    weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    column = tl.arange(0, BLOCK_N)[None, :]
+    first_row = tile * BLOCK_M // group
+    last_row = tl.minimum(q_len, tl.cdiv((tile + 1) * BLOCK_M, group))
+    for chunk in range(chunks):
+        first = split + chunk * BLOCKS * splits  # this split's blocks are every splits-th from here on
+        columns = (first + tl.arange(0, BLOCKS) * splits)[:, None] * BLOCK_N + column
+        visit, full, count, end = _scan(
+            bounds, columns, first_row, last_row, kv_len, bounds_sc, bounds_sg, mask_heads, diagonal,
+            BLOCKS, CAUSAL, NUM_BOUNDS,
+        )  # fmt: skip
+        for _ in tl.range(0, count, num_stages=STAGES):
+            bit = visit & -visit
+            visit = visit ^ bit
+            number = (bit.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127  # the exponent of a power of two
+            n0 = (first + number * splits) * BLOCK_N
+            k_tile = load_tile(k, b, h, n0, k_sb, k_sh, k_ss, end, HEAD_DIM, BLOCK_N, BLOCK_D, False)
+            s = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            if SOFTCAP:
+                s = tanh(s * cap_scale)
+            if (full & bit) == 0:
+                of_row = bounds
+                n = n0 + column
+                if MASK_PER_ROW:
+                    of_row = bounds + g[:, None] * bounds_sg
+                    n = n + tl.zeros([BLOCK_M, 1], tl.int32)
+                b0, b1, b2, b3 = _load_bounds(of_row, n, kv_len, bounds_sc, NUM_BOUNDS)
+                visible = seen(m[:, None], b0, b1, b2, b3, CAUSAL, NUM_BOUNDS) & (n < kv_len)
+                if CAUSAL:
+                    visible = visible & (m[:, None] >= n - diagonal)
+                s = tl.where(visible, s, float("-inf"))
+            m_new = tl.maximum(m_i, tl.max(s, 1))
+            p = tl.exp2(s * qk_scale - (m_new * qk_scale)[:, None])
+            alpha = tl.exp2((m_i - m_new) * qk_scale)[:, None]
+            # Summed up over columns at the end only: that is a wait of all warps.
+            weights = weights * alpha + p
+            acc = acc * alpha
+            m_i = m_new
+            v_tile = load_tile(v, b, h, n0, v_sb, v_sh, v_ss, end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, False)
+            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_DV]
+
+    l_i = tl.sum(weights, 1)
+    empty = l_i == 0.0
+    at = (bh.to(tl.int64) * rows + r) * splits + split
+    tl.store(partial_lse + at, tl.where(empty, float("-inf"), m_i * qk_scale + tl.log2(l_i)), mask=r < rows)
+    dv = tl.arange(0, BLOCK_DV)
+    acc = acc * tl.where(empty, 0.0, 1.0 / l_i)[:, None]
+    tl.store(
+        partial + at[:, None] * HEAD_DIM_V + dv[None, :], acc,
+        mask=((r < rows) & ~empty)[:, None] & (dv < HEAD_DIM_V)[None, :],
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=DECODE_LENGTHS)
+def combine_kernel(
+    partial, partial_lse, out, lse, sinks, q_len, heads, group, splits,
+    HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, SINKS: tl.constexpr, COMBINED: tl.constexpr,
+):  # fmt: skip
+    """out ``[B, Sq, Hq, Dv]`` and lse ``[B, Hq, Sq]`` of one row of one query head, from all its splits."""
+    at = tl.program_id(0)
+    rows = q_len * group
+    bh = at // rows
+    r = at % rows
+    b = bh // heads
+    h = bh % heads * group + r % group
+    m = r // group
+    heads_q = heads * group
+    dv = tl.arange(0, BLOCK_DV)
+    top = tl.full([], LOWEST, tl.float32)
+    weight = tl.zeros([], tl.float32)
+    acc = tl.zeros([BLOCK_DV], tl.float32)
+    if SINKS:
+        sink = tl.load(sinks + h).to(tl.float32) * LOG2E
+        top = tl.maximum(top, sink)
+        weight = tl.exp2(sink - top)
+    first = at.to(tl.int64) * splits
+    for s0 in range(0, splits, COMBINED):
+        s = s0 + tl.arange(0, COMBINED)
+        part_lse = tl.load(partial_lse + first + s, mask=s < splits, other=float("-inf"))
+        # Loaded whether written or not: waiting for part_lse would cost more.
+        part = tl.load(
+            partial + (first + s)[:, None] * HEAD_DIM_V + dv[None, :],
+            mask=(s < splits)[:, None] & (dv < HEAD_DIM_V)[None, :], other=0.0,
+        )  # fmt: skip
+        part = tl.where((part_lse > float("-inf"))[:, None], part, 0.0)
+        new = tl.maximum(top, tl.max(part_lse, 0))
+        w = tl.exp2(part_lse - new)
+        alpha = tl.exp2(top - new)
+        weight = weight * alpha + tl.sum(w, 0)
+        acc = acc * alpha + tl.sum(w[:, None] * part, 0)
+        top = new
+    empty = weight == 0.0
+    acc = acc * tl.where(empty, 0.0, 1.0 / weight)
+    row = (b.to(tl.int64) * q_len + m) * heads_q + h
+    tl.store(out + row * HEAD_DIM_V + dv, acc.to(out.dtype.element_ty), mask=dv < HEAD_DIM_V)
+    tl.store(
+        lse + (b.to(tl.int64) * heads_q + h) * q_len + m,
+        tl.where(empty, float("-inf"), (top + tl.log2(weight)) * LN2),
+    )
