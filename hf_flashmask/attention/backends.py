@@ -23,8 +23,8 @@ def choose(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
     """The backend of the forward of checked inputs when any but "reference" is asked for; the same for the same inputs.
 
     It is one of "torch", "triton" and "hopper". Inside "triton", a forward of up to 16 queries is done by the kernels
-    that split the keys (``triton/decode.py``), whether a gradient is wanted or not: the backward needs out and lse alone,
-    and a model says the same in evaluation and in training.
+    that split the keys (``triton/decode.py``), whether a gradient is wanted or not: the backward needs out and lse, no
+    more, and a model says the same in evaluation and in training.
 
     Raises:
         NotImplementedError: the one asked for cannot serve the inputs.
