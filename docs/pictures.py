@@ -46,13 +46,21 @@ def gallery(n: int = 64) -> dict[str, ColumnMask]:
 def draw_gallery() -> Figure:
     figure = Figure(figsize=(9, 9.8), dpi=80, layout="constrained")
     for ax, (name, mask) in zip(figure.subplots(4, 4).flat, gallery().items(), strict=True):
-        ax.imshow(mask.to_dense()[0, 0].numpy(), cmap="Blues", vmin=-0.15, vmax=1.4, interpolation="nearest")
+        ax.imshow(
+            mask.to_dense()[0, 0].numpy(),
+            cmap="Blues",
+            vmin=-0.15,
+            vmax=1.4,
+            interpolation="nearest",
+        )
         ax.set(xticks=[], yticks=[])
         ax.set_title(f"{name}\n{mask.density():.0%} visible", fontsize=9)
     return figure
 
 
-def draw_intervals(mask: ColumnMask, ax: Axes, title: str, column: int, names: tuple[str, ...]) -> None:
+def draw_intervals(
+    mask: ColumnMask, ax: Axes, title: str, column: int, names: tuple[str, ...]
+) -> None:
     """The hidden rows of every column as bars: the triangle that ``causal`` stands for in grey, and the bounds of one
     column by their names."""
     start, end = (t[0, 0].tolist() for t in mask.masked_intervals())
@@ -62,12 +70,21 @@ def draw_intervals(mask: ColumnMask, ax: Axes, title: str, column: int, names: t
             color = TRIANGLE if above and mask.causal else ABOVE if above else BELOW
             ax.bar(j + 0.5, last - first, 0.9, bottom=first, color=color, linewidth=0)
             if j == column and first < last:
-                for name, row in zip(("UTS", "UTE") if above else ("LTS", "LTE"), (first, last), strict=True):
+                for name, row in zip(
+                    ("UTS", "UTE") if above else ("LTS", "LTE"), (first, last), strict=True
+                ):
                     if name in names:
                         ax.plot([j, j + 1], [row, row], color=INK, linewidth=2.5)
-                        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
+                        box = {
+                            "facecolor": "white",
+                            "edgecolor": "none",
+                            "alpha": 0.85,
+                            "pad": 1.5,
+                        }
                         at = (j + 1.4, min(row, mask.q_len - 0.7))
-                        ax.annotate(f"{name} = {row}", at, va="center", fontsize=9, color=INK, bbox=box)
+                        ax.annotate(
+                            f"{name} = {row}", at, va="center", fontsize=9, color=INK, bbox=box
+                        )
     ax.set(xlim=(0, mask.kv_len), ylim=(mask.q_len, 0), xlabel="key", ylabel="query")
     ax.set_title(title, fontsize=10)
     ax.xaxis.tick_top()
@@ -79,10 +96,20 @@ def draw_vectors() -> Figure:
     figure = Figure(figsize=(11, 4.2), dpi=90, layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     parts = [9, 5, 10]
-    draw_intervals(masks.causal_document(lengths=parts), left, "causal_document: LTS, causal", 3, ("LTS",))
-    draw_intervals(masks.document(lengths=parts), middle, "document: LTS and UTE", 10, ("LTS", "UTE"))
+    draw_intervals(
+        masks.causal_document(lengths=parts), left, "causal_document: LTS, causal", 3, ("LTS",)
+    )
+    draw_intervals(
+        masks.document(lengths=parts), middle, "document: LTS and UTE", 10, ("LTS", "UTE")
+    )
     named = ("LTS", "LTE", "UTS", "UTE")
-    draw_intervals(masks.global_sliding_window(24, 3, 4), right, "global_sliding_window: all four", 11, named)
+    draw_intervals(
+        masks.global_sliding_window(24, 3, 4),
+        right,
+        "global_sliding_window: all four",
+        11,
+        named,
+    )
     return figure
 
 
@@ -94,7 +121,9 @@ def draw_tiles() -> Figure:
 def draw_tree() -> Figure:
     figure = Figure(figsize=(9, 4.8), dpi=80, layout="constrained")
     left, right = figure.subplots(1, 2)
-    masks.causal_document(lengths=[22, 21, 23]).plot(title="three rows that begin alike", ax=left)
+    masks.causal_document(lengths=[22, 21, 23]).plot(
+        title="three rows that begin alike", ax=left
+    )
     depths = [*range(22), *range(14, 21), *range(18, 23)]
     masks.prefix_tree(torch.tensor(depths)).plot(title="the same as one tree", ax=right)
     return figure
@@ -109,10 +138,18 @@ PICTURES: Mapping[str, Callable[[], Figure]] = {
     "vectors": draw_vectors,
     "tiles": draw_tiles,
     "tree": draw_tree,
-    "packed": draw_one(lambda: masks.causal_document(lengths=[3145, 2203, 2844]), "three documents in a row of 8192"),
+    "packed": draw_one(
+        lambda: masks.causal_document(lengths=[3145, 2203, 2844]),
+        "three documents in a row of 8192",
+    ),
     "pair": draw_one(lambda: masks.share_question([[12, 9, 8]]), "a prompt and two answers"),
-    "group": draw_one(lambda: masks.share_question([[48, *[12] * 8]]), "a prompt and its eight completions"),
-    "passages": draw_one(lambda: masks.causal_blockwise(lengths=[900] * 8 + [300]), "eight passages and a question"),
+    "group": draw_one(
+        lambda: masks.share_question([[48, *[12] * 8]]), "a prompt and its eight completions"
+    ),
+    "passages": draw_one(
+        lambda: masks.causal_blockwise(lengths=[900] * 8 + [300]),
+        "eight passages and a question",
+    ),
 }
 
 

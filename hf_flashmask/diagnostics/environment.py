@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import hf_flashmask
-from hf_flashmask.attention.backends import choose
+from hf_flashmask.attention.backends import choose, choose_backward
 from hf_flashmask.bench.measure import table
 
 PACKAGES = ("torch", "transformers", "triton", "trl", "peft", "accelerate", "datasets", "matplotlib")
@@ -77,8 +77,9 @@ def _choices(device: torch.device) -> str:
     for dtype in _dtypes(device):
         for head_dim in HEAD_DIMS:
             q = torch.empty(1, LENGTH, 1, head_dim, dtype=dtype, device=device)
-            rows.append((_name(dtype), str(head_dim), choose("auto", q, q, q)))
-    taken = table(("dtype", "head dim", "auto takes"), rows)
+            passes = choose("auto", q, q, q), choose_backward("auto", q, q, q, deterministic=False)
+            rows.append((_name(dtype), str(head_dim), *passes))
+    taken = f"what auto takes at {LENGTH} tokens:\n" + table(("dtype", "head dim", "forward", "backward"), rows)
     sample = torch.empty(1, LENGTH, 1, 128, dtype=_dtypes(device)[0], device=device)
     asked = []
     for backend in BACKENDS:

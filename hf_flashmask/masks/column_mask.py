@@ -34,14 +34,10 @@ class ColumnMask:
             an absolute query index, starts inclusive and ends exclusive (an empty interval has start >= end; values
             out of range are clipped), column ``j`` hides
 
-            ========  ==  ===========================================
-            causal    C   hidden rows
-            ========  ==  ===========================================
-            True      1   ``[LTS, Sq)`` and the causal triangle
-            True      2   ``[LTS, LTE)`` and the causal triangle
-            False     2   ``[LTS, Sq)`` and ``[0, UTE)``
-            False     4   ``[LTS, LTE)`` and ``[UTS, UTE)``, in either order
-            ========  ==  ===========================================
+            - causal, C = 1: ``[LTS, Sq)`` and the causal triangle
+            - causal, C = 2: ``[LTS, LTE)`` and the causal triangle
+            - not causal, C = 2: ``[LTS, Sq)`` and ``[0, UTE)``
+            - not causal, C = 4: ``[LTS, LTE)`` and ``[UTS, UTE)``, in either order
         causal: also hide ``i < j - (Sk - Sq)`` (aligned to the bottom right corner).
         q_len: number of query rows Sq; default Sk.
 

@@ -29,8 +29,8 @@ def test_reasons_are_those_of_the_backends(monkeypatch):
         with pytest.raises(NotImplementedError) as refused:
             flashmask_attention(q, q, q, backend=backend)
         assert f"{backend}  {refused.value}" in report
-    taken = [line.split()[-1] for line in report.splitlines() if line.startswith(("float32 ", "bfloat16 "))]
-    assert taken == ["torch"] * 6
+    taken = [line.split()[-2:] for line in report.splitlines() if line.startswith(("float32 ", "bfloat16 "))]
+    assert taken == [["torch", "torch"]] * 6
 
 
 def test_tiles_are_those_that_a_gpu_would_take(monkeypatch):
