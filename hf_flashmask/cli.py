@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
-import importlib.util
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from hf_flashmask.bench.commands import add_bench, need, positive, refusals
 
 # Of coverage.build, which loads Transformers.
 KINDS = ("causal", "seq2seq", "masked", "multimodal", "vision", "tower")
@@ -18,14 +18,8 @@ KINDS = ("causal", "seq2seq", "masked", "multimodal", "vision", "tower")
 MASKS_OF_LENGTHS = ("causal_document", "document", "share_question", "causal_blockwise")
 
 
-def _need(packages: Sequence[str], extra: str) -> None:
-    missing = [p for p in packages if importlib.util.find_spec(p) is None]
-    if missing:
-        sys.exit(f"flashmask: this command needs {', '.join(missing)}: pip install 'hf-flashmask[{extra}]'")
-
-
 def _demo(args: argparse.Namespace) -> None:
-    _need(("trl", "datasets", "matplotlib"), "bench")
+    need(("trl", "datasets", "matplotlib"), "bench")
     from hf_flashmask.bench import demo
 
     setup = demo.Setup(row_len=args.row_len, steps=args.steps, threads=args.threads)
@@ -35,7 +29,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _trl(args: argparse.Namespace) -> None:
-    _need(("trl", "datasets"), "trl")
+    need(("trl", "datasets"), "trl")
     from hf_flashmask import patches
 
     with patches.enabled():
@@ -45,166 +39,10 @@ def _trl(args: argparse.Namespace) -> None:
 
 
 def _serve(args: argparse.Namespace) -> None:
-    _need(("fastapi", "openai", "uvicorn"), "serve")
+    need(("fastapi", "openai", "uvicorn"), "serve")
     from hf_flashmask.huggingface import serve
 
     serve.run(args.rest)
-
-
-def _bench_cpu(args: argparse.Namespace) -> None:
-    from hf_flashmask.bench import cpu
-
-    print(cpu.report(cpu.Setup(seq_len=args.seq_len, threads=args.threads, repeats=args.repeats)))
-
-
-def _bench_kernels(args: argparse.Namespace) -> None:
-    from hf_flashmask.bench import kernel_masks, kernels
-
-    with _refusals():
-        setup = kernels.Setup(
-            lengths=tuple(args.lengths),
-            head_dims=tuple(args.head_dims),
-            masks=tuple(args.masks or kernel_masks.MASKS),
-            peers=tuple(args.peers) if args.peers else None,
-            tokens=args.tokens,
-            hidden=args.hidden,
-            **_common(args),
-        )
-        print("\n" + kernels.run(setup))
-    print(f"\nwrote {args.out}")
-
-
-def _bench_sparsity(args: argparse.Namespace) -> None:
-    from hf_flashmask.bench import sparsity
-
-    with _refusals():
-        setup = sparsity.Setup(
-            seq_len=args.seq_len,
-            head_dim=args.head_dim,
-            heads=args.heads,
-            batch=args.batch,
-            count=args.count,
-            peer=args.peer,
-            **_common(args),
-        )
-        print("\n" + sparsity.run(setup))
-    print(f"\nwrote {args.out}")
-
-
-def _bench_convergence(args: argparse.Namespace) -> None:
-    if args.plot is not None:
-        _need(("matplotlib",), "bench")
-    from hf_flashmask.bench import convergence
-
-    names = (
-        "layers", "hidden", "heads", "intermediate", "row_len", "steps", "lr", "device", "dtype", "out", "plot",
-        "time_budget", "commit", "command",
-    )  # fmt: skip
-    with _refusals():
-        setup = convergence.Setup(**{name: getattr(args, name) for name in names})
-        print("\n" + convergence.run(setup))
-    print("\n" + "\n".join(f"wrote {path}" for path in (args.out, args.plot) if path is not None))
-
-
-def _bench_train(args: argparse.Namespace) -> None:
-    _need(("peft",), "trl")
-    from hf_flashmask.bench import train, train_cases
-
-    names = (
-        "layers", "hidden", "heads", "intermediate", "scale", "steps", "device", "dtype", "out", "time_budget",
-        "commit", "command",
-    )  # fmt: skip
-    with _refusals():
-        setup = train.Setup(
-            cases=tuple(args.cases or train_cases.CASES),
-            methods=tuple(args.methods or train.METHODS),
-            **{name: getattr(args, name) for name in names},
-        )
-        print("\n" + train.run(setup))
-    print(f"\nwrote {args.out}")
-
-
-def _bench_longest(args: argparse.Namespace) -> None:
-    _need(("peft",), "trl")
-    from hf_flashmask.bench import longest
-
-    names = (
-        "layers", "layers_run", "hidden", "heads", "intermediate", "document", "step", "most", "device", "dtype", "out",
-        "time_budget", "commit", "command",
-    )  # fmt: skip
-    with _refusals():
-        setup = longest.Setup(
-            methods=tuple(args.methods or longest.METHODS), **{name: getattr(args, name) for name in names}
-        )
-        print("\n" + longest.run(setup))
-    print(f"\nwrote {args.out}")
-
-
-def _bench_trainers(args: argparse.Namespace) -> None:
-    _need(("trl", "peft", "datasets", "matplotlib"), "trl,bench")
-    from hf_flashmask.bench import trainers
-
-    names = (
-        "layers", "hidden", "heads", "steps", "batch_size", "lr", "device", "out", "plot", "time_budget", "commit",
-        "command",
-    )  # fmt: skip
-    with _refusals():
-        setup = trainers.Setup(
-            tasks=tuple(args.tasks or trainers.TASKS), **{name: getattr(args, name) for name in names}
-        )
-        print("\n" + trainers.run(setup))
-    print("\n" + "\n".join(f"wrote {path}" for path in (args.out, args.plot) if path is not None))
-
-
-def _bench_serving(args: argparse.Namespace) -> None:
-    from hf_flashmask.bench import serving
-
-    names = (
-        "layers", "hidden", "heads", "kv_heads", "intermediate", "requests", "new_tokens", "step_tokens", "cuda_graphs",
-        "runs", "device", "dtype", "out", "commit", "command",
-    )  # fmt: skip
-    with _refusals():
-        setup = serving.Setup(
-            methods=tuple(args.methods or serving.METHODS), **{name: getattr(args, name) for name in names}
-        )
-        print("\n" + serving.run(setup))
-    print(f"\nwrote {args.out}")
-
-
-def _bench_infer(args: argparse.Namespace) -> None:
-    from hf_flashmask.bench import infer
-
-    names = (
-        "memory", "heads", "kv_heads", "head_dim", "layers", "hidden", "intermediate", "vocab_size", "prompt",
-        "new_tokens", "prefill", "window", "steps", "device", "dtype", "backend", "out", "time_budget", "commit",
-        "command",
-    )  # fmt: skip
-    with _refusals():
-        setup = infer.Setup(
-            cases=tuple(args.cases or infer.CASES),
-            batches=tuple(args.batches),
-            lengths=tuple(args.lengths),
-            **{name: getattr(args, name) for name in names},
-        )
-        print("\n" + infer.run(setup))
-    print(f"\nwrote {args.out}")
-
-
-def _bench_plot(args: argparse.Namespace) -> None:
-    _need(("matplotlib",), "bench")
-    from hf_flashmask.bench import plots
-
-    out = args.out or args.csv.with_suffix(".png")
-    with _refusals():
-        plots.plot(args.csv, out)
-    print(f"wrote {out}")
-
-
-def _bench_table(args: argparse.Namespace) -> None:
-    from hf_flashmask.bench import kernels, records
-
-    with _refusals():
-        print(kernels.markdown(records.read(args.csv), args.head_dim, other=args.peer))
 
 
 def _env(args: argparse.Namespace) -> None:
@@ -215,10 +53,10 @@ def _env(args: argparse.Namespace) -> None:
 
 def _show(args: argparse.Namespace) -> None:
     if args.out is not None:
-        _need(("matplotlib",), "viz")
+        need(("matplotlib",), "viz")
     from hf_flashmask.diagnostics import show
 
-    with _refusals():
+    with refusals():
         if args.model is not None:
             found = show.from_model(args.model, args.lengths or [args.length])
         elif args.lengths is not None:
@@ -246,7 +84,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _check_upstream(args: argparse.Namespace) -> None:
-    _need(("parameterized", "pytest"), "test")
+    need(("parameterized", "pytest"), "test")
     from importlib.metadata import version
 
     from hf_flashmask.coverage import upstream
@@ -300,38 +138,15 @@ def _check_models(args: argparse.Namespace) -> None:
         sys.exit("\nflashmask: lost since " + str(args.against) + ":\n" + "\n".join(losses))
 
 
-def _common(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("out", "backend", "device", "time_budget", "commit")
-    return {name: getattr(args, name) for name in names} | {"plugins": tuple(args.plugin), "command": args.command}
-
-
-@contextlib.contextmanager
-def _refusals() -> Iterator[None]:
-    """What a benchmark refuses to do ends the command with its message."""
-    from hf_flashmask.bench.records import Refusal
-
-    try:
-        yield
-    except Refusal as error:
-        sys.exit(f"flashmask: {error}")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be positive, got {value}")
-    return value
-
-
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="flashmask", description="FlashMask for Hugging Face Transformers.")
     commands = top.add_subparsers(required=True, metavar="command")
 
     demo = commands.add_parser("demo", help="packed SFT on real text, checked against documents run one by one")
     demo.add_argument("--out", type=Path, default=Path("flashmask_demo.png"), help="picture to write (%(default)s)")
-    demo.add_argument("--row-len", type=_positive, default=4096, help="tokens a packed row (%(default)s)")
-    demo.add_argument("--steps", type=_positive, default=16, help="optimizer steps (%(default)s)")
-    demo.add_argument("--threads", type=_positive, default=2, help="CPU threads (%(default)s)")
+    demo.add_argument("--row-len", type=positive, default=4096, help="tokens a packed row (%(default)s)")
+    demo.add_argument("--steps", type=positive, default=16, help="optimizer steps (%(default)s)")
+    demo.add_argument("--threads", type=positive, default=2, help="CPU threads (%(default)s)")
     demo.set_defaults(run=_demo)
 
     trl = commands.add_parser(
@@ -350,128 +165,8 @@ def parser() -> argparse.ArgumentParser:
     _add_check(commands)
     _add_show(commands)
 
-    bench = commands.add_parser("bench", help="measurements").add_subparsers(required=True, metavar="what")
-    cpu = bench.add_parser("cpu", help="attention on this CPU, packed causal documents, against sdpa")
-    cpu.add_argument("--seq-len", type=_positive, default=8192, help="tokens (%(default)s)")
-    cpu.add_argument("--threads", type=_positive, default=2, help="CPU threads (%(default)s)")
-    cpu.add_argument("--repeats", type=_positive, default=3, help="timed repeats (%(default)s)")
-    cpu.set_defaults(run=_bench_cpu)
-
-    kernels = bench.add_parser("kernels", help="forward and backward of every mask, against other kernels")
-    kernels.add_argument("--lengths", type=_positive, nargs="+", default=[8192, 32768, 131072], help="tokens a row")
-    kernels.add_argument("--head-dims", type=_positive, nargs="+", default=[64, 128])
-    kernels.add_argument("--masks", nargs="+", help="names, default all")
-    kernels.add_argument("--peers", nargs="+", help="names, default all and those of plugins")
-    kernels.add_argument("--tokens", type=_positive, default=131072, help="batch x length (%(default)s)")
-    kernels.add_argument("--hidden", type=_positive, default=4096, help="heads x head dim (%(default)s)")
-    _add_common(kernels, "kernels.csv")
-    kernels.set_defaults(run=_bench_kernels)
-
-    sparsity = bench.add_parser("sparsity", help="time against visited tiles, over packed causal documents")
-    sparsity.add_argument("--seq-len", type=_positive, default=32768, help="tokens a row (%(default)s)")
-    sparsity.add_argument("--head-dim", type=_positive, default=128, help="(%(default)s)")
-    sparsity.add_argument("--heads", type=_positive, default=32, help="(%(default)s)")
-    sparsity.add_argument("--batch", type=_positive, default=4, help="(%(default)s)")
-    sparsity.add_argument("--count", type=_positive, default=40, help="masks (%(default)s)")
-    sparsity.add_argument("--peer", default="flashmask", help="whose kernel (%(default)s)")
-    _add_common(sparsity, "sparsity.csv")
-    sparsity.set_defaults(run=_bench_sparsity)
-
-    convergence = bench.add_parser("convergence", help="losses of a packed training, against sdpa's dense mask")
-    _add_model(convergence, layers=8)
-    convergence.add_argument("--row-len", type=_positive, default=4096, help="tokens a packed row (%(default)s)")
-    convergence.add_argument("--steps", type=_positive, default=20, help="optimizer steps (%(default)s)")
-    convergence.add_argument("--lr", type=float, default=1e-4, help="AdamW's, after a short warm-up (%(default)s)")
-    convergence.add_argument("--plot", type=Path, metavar="PNG", help="also draw the curves")
-    _add_origin(convergence, "convergence.csv")
-    convergence.set_defaults(run=_bench_convergence)
-
-    train = bench.add_parser("train", help="training steps: DPO, reward, GRPO and packed SFT, against sdpa and flex")
-    train.add_argument("--cases", nargs="+", help="names, default all")
-    train.add_argument("--methods", nargs="+", help="names, default all")
-    _add_model(train, layers=32)
-    train.add_argument("--scale", type=_positive, default=1, help="divides every length (%(default)s)")
-    train.add_argument("--steps", type=_positive, default=3, help="timed steps a method (%(default)s)")
-    _add_origin(train, "train.csv")
-    train.set_defaults(run=_bench_train)
-
-    longest = bench.add_parser("longest", help="the longest packed row that this device trains on, by attention")
-    longest.add_argument("--methods", nargs="+", help="names, default all")
-    _add_model(longest, layers=32)
-    longest.add_argument("--layers-run", type=_positive, default=2, help="the others take memory alone (%(default)s)")
-    longest.add_argument("--document", type=_positive, default=32768, help="tokens a document (%(default)s)")
-    longest.add_argument("--step", type=_positive, default=32768, help="between lengths tried (%(default)s)")
-    longest.add_argument("--most", type=_positive, default=1 << 21, help="longest length tried (%(default)s)")
-    _add_origin(longest, "longest.csv")
-    longest.set_defaults(run=_bench_longest)
-
-    trainers = bench.add_parser("trainers", help="losses of TRL's trainers on GSM8K, flashmask against sdpa")
-    trainers.add_argument("--tasks", nargs="+", help="of sft, lora, dpo, reward; default all")
-    trainers.add_argument("--layers", type=_positive, default=3, help="(%(default)s)")
-    trainers.add_argument("--hidden", type=_positive, default=128, help="(%(default)s)")
-    trainers.add_argument("--heads", type=_positive, default=4, help="(%(default)s)")
-    trainers.add_argument("--steps", type=_positive, default=60, help="optimizer steps (%(default)s)")
-    trainers.add_argument("--batch-size", type=_positive, default=4, help="pairs of DPO and reward (%(default)s)")
-    trainers.add_argument("--lr", type=float, help="AdamW's, after a short warm-up (1e-3, of the reward model 3e-4)")
-    trainers.add_argument("--plot", type=Path, metavar="PNG", help="also draw the curves")
-    _add_origin(trainers, "trainers.csv", device="cpu")
-    trainers.set_defaults(run=_bench_trainers)
-    _add_serving(bench)
-    _add_infer(bench)
-
-    table = bench.add_parser("table", help="a Markdown table of what 'kernels' wrote")
-    table.add_argument("csv", type=Path)
-    table.add_argument("--head-dim", type=_positive, default=128, help="(%(default)s)")
-    table.add_argument("--peer", default="flex", help="to compare with (%(default)s)")
-    table.set_defaults(run=_bench_table)
-
-    plot = bench.add_parser(
-        "plot", help="a picture of what 'kernels', 'sparsity', 'convergence', 'train' or 'trainers' wrote"
-    )
-    plot.add_argument("csv", type=Path)
-    plot.add_argument("--out", type=Path, help="picture to write (the CSV's name with .png)")
-    plot.set_defaults(run=_bench_plot)
+    add_bench(commands)
     return top
-
-
-def _add_serving(bench: Any) -> None:
-    serving = bench.add_parser("serving", help="generate_batch on prompts of mixed lengths, against sdpa")
-    serving.add_argument("--methods", nargs="+", help="attention implementations, default sdpa and flashmask")
-    serving.add_argument("--layers", type=_positive, default=16, help="(%(default)s)")
-    serving.add_argument("--hidden", type=_positive, default=2048, help="(%(default)s)")
-    serving.add_argument("--heads", type=_positive, default=32, help="(%(default)s)")
-    serving.add_argument("--kv-heads", type=_positive, default=8, help="(%(default)s)")
-    serving.add_argument("--intermediate", type=_positive, default=8192, help="(%(default)s)")
-    serving.add_argument("--requests", type=_positive, default=64, help="prompts (%(default)s)")
-    serving.add_argument("--new-tokens", type=_positive, default=128, help="generated for each (%(default)s)")
-    serving.add_argument("--step-tokens", type=_positive, default=4096, help="most of a step (%(default)s)")
-    serving.add_argument("--cuda-graphs", action="store_true", help="capture and replay steps")
-    serving.add_argument("--runs", type=_positive, default=3, help="timed runs a method (%(default)s)")
-    serving.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(%(default)s)")
-    serving.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(%(default)s)")
-    serving.add_argument("--out", type=Path, default=Path("serving.csv"), help="CSV to append rows to (%(default)s)")
-    serving.add_argument("--commit", help="what to write as the commit (default: that of the checkout)")
-    serving.set_defaults(run=_bench_serving)
-
-
-def _add_infer(bench: Any) -> None:
-    infer = bench.add_parser("infer", help="decoding over a cache, generate and long prefills, against sdpa and flex")
-    infer.add_argument("--cases", nargs="+", help="names, default all")
-    infer.add_argument("--batches", type=_positive, nargs="+", default=[1, 4, 16, 64])
-    infer.add_argument("--lengths", type=_positive, nargs="+", default=[2048, 8192, 32768, 131072], help="keys")
-    infer.add_argument("--memory", type=float, default=40.0, metavar="GIB", help="largest cache (%(default)s)")
-    for name, default, what in (
-        ("heads", 32, "query heads"), ("kv-heads", 8, "key heads"), ("head-dim", 128, "of attention alone"),
-        ("layers", 8, "of whole models, as what follows"), ("hidden", 4096, "width"), ("intermediate", 14336, "width"),
-        ("vocab-size", 128256, "tokens"), ("prompt", 4096, "tokens before generating"),
-        ("new-tokens", 256, "generated"), ("prefill", 32768, "tokens of a prefill"), ("window", 4096, "of a prefill"),
-        ("steps", 3, "timed runs of whole models"),
-    ):  # fmt: skip
-        infer.add_argument(f"--{name}", type=_positive, default=default, help=f"{what} (%(default)s)")
-    infer.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of models (%(default)s)")
-    infer.add_argument("--backend", default="triton", help="of ours in attention alone (%(default)s)")
-    _add_origin(infer, "infer.csv")
-    infer.set_defaults(run=_bench_infer)
 
 
 def _add_check(commands: Any) -> None:
@@ -491,49 +186,28 @@ def _add_check(commands: Any) -> None:
     )
     check.add_argument("pytest", nargs="*", default=[], metavar="-- ARGS", help="of pytest: tests, -k, ...")
     check.add_argument("--kinds", nargs="+", choices=KINDS, help="default all")
-    check.add_argument("--jobs", type=_positive, default=2, help="processes (%(default)s)")
+    check.add_argument("--jobs", type=positive, default=2, help="processes (%(default)s)")
     check.add_argument("--timeout", type=float, default=120.0, help="seconds a type (%(default)s)")
     check.add_argument("--out", type=Path, metavar="CSV", help="table to write, and the same in Markdown beside it")
     check.add_argument("--against", type=Path, metavar="CSV", help="an earlier table: fail if an ok of it is lost")
     check.set_defaults(run=_check)
 
 
-def _add_model(command: argparse.ArgumentParser, layers: int) -> None:
-    command.add_argument("--layers", type=_positive, default=layers, help="(%(default)s)")
-    command.add_argument("--hidden", type=_positive, default=4096, help="(%(default)s)")
-    command.add_argument("--heads", type=_positive, default=32, help="(%(default)s)")
-    command.add_argument("--intermediate", type=_positive, default=11008, help="(%(default)s)")
-    command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(%(default)s)")
-
-
 def _add_show(commands: Any) -> None:
     show = commands.add_parser("show", help="draw a mask: of packed lengths, position_ids, a file or a model's layers")
-    show.add_argument("--lengths", type=_positive, nargs="+", metavar="N", help="tokens of packed documents")
+    show.add_argument("--lengths", type=positive, nargs="+", metavar="N", help="tokens of packed documents")
     show.add_argument(
         "--kind", choices=MASKS_OF_LENGTHS, default="causal_document", help="what the lengths are of (%(default)s)"
     )
     show.add_argument("--position-ids", type=int, nargs="+", metavar="N", help="of packed documents or a prefix tree")
     show.add_argument("--file", type=Path, metavar="MASK", help="dense mask, bool or additive, .pt or .npy")
     show.add_argument("--model", metavar="TYPE", help="masks that layers of this model type get, windows shortened")
-    show.add_argument("--length", type=_positive, default=64, help="tokens of the model's row (%(default)s)")
-    show.add_argument("--size", type=_positive, default=32, help="most cells a side in the terminal (%(default)s)")
+    show.add_argument("--length", type=positive, default=64, help="tokens of the model's row (%(default)s)")
+    show.add_argument("--size", type=positive, default=32, help="most cells a side in the terminal (%(default)s)")
     show.add_argument("--batch", type=int, default=0, help="row of the batch (%(default)s)")
     show.add_argument("--head", type=int, default=0, help="(%(default)s)")
     show.add_argument("--out", type=Path, metavar="PNG", help="write a picture instead")
     show.set_defaults(run=_show)
-
-
-def _add_common(command: argparse.ArgumentParser, out: str) -> None:
-    command.add_argument("--plugin", type=Path, action="append", default=[], help="file with PEERS; may be repeated")
-    command.add_argument("--backend", default="triton", help="of ours (%(default)s)")
-    _add_origin(command, out)
-
-
-def _add_origin(command: argparse.ArgumentParser, out: str, device: str = "cuda") -> None:
-    command.add_argument("--out", type=Path, default=Path(out), help="CSV to append rows to (%(default)s)")
-    command.add_argument("--device", choices=("cuda", "cpu"), default=device, help="(%(default)s)")
-    command.add_argument("--time-budget", type=float, metavar="SECONDS", help="start no further case after this")
-    command.add_argument("--commit", help="what to write as the commit (default: that of the checkout)")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -61,3 +61,19 @@ def test_links_to_notebooks_exist(page):
 def test_links_inside_the_readme_exist():
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / "README.md").read_text()):
         assert Path(ROOT / target).exists(), target
+
+
+def test_every_command_is_on_its_page():
+    import argparse
+
+    from hf_flashmask.cli import parser
+
+    def names(of):
+        (found,) = [action for action in of._actions if isinstance(action, argparse._SubParsersAction)]
+        return found.choices
+
+    page = (ROOT / "docs" / "commands.md").read_text()
+    commands = names(parser())
+    assert {name for name in commands if f"`flashmask {name}`" not in page} == set()
+    (line,) = [line for line in page.splitlines() if line.startswith("| `flashmask bench` |")]
+    assert {name for name in names(commands["bench"]) if f"`{name}`" not in line} == set()
