@@ -8,7 +8,7 @@ interval per key, exactly, in O(N), without reading a value back from the device
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from types import CodeType
 from typing import Any, NamedTuple
 
@@ -168,7 +168,17 @@ def _row_window(function: Callable[..., Any]) -> int | None:
     )
 
 
+def _parts(functions: Iterable[Callable[..., Any]]) -> Iterator[Callable[..., Any]]:
+    """The functions of an "and", those of an "and" among them in its place (5.24 nests them)."""
+    for function in functions:
+        if getattr(function, "__code__", None) is closures.AND:
+            yield from _parts(cells(function)["mask_functions"])
+        else:
+            yield function
+
+
 def _intersection(functions: tuple[Callable[..., Any], ...], keys: _Keys) -> Rows | None:
+    functions = tuple(_parts(functions))
     # Positions that were remapped per document only mean something inside the document, i.e. beside the packed leaf.
     packed = any(getattr(f, "__code__", None) is closures.PACKED for f in functions)
     parts = []

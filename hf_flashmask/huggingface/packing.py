@@ -167,7 +167,7 @@ def install(mask_function: Any) -> None:
 
     Noted for every name that ``mask_function`` is registered under.
 
-    Read in 5.17 and 5.23, where it drops them beside a cache or a mask. Can go when mask interfaces receive them.
+    Read in 5.17, 5.23 and 5.24, where it drops them beside a cache or a mask. Can go when mask interfaces receive them.
     """
     from transformers import AttentionMaskInterface, masking_utils
 
@@ -176,8 +176,9 @@ def install(mask_function: Any) -> None:
     stock = masking_utils._preprocess_mask_arguments
     if hasattr(stock, "_hf_flashmask"):
         return
-    names = ["config", "inputs_embeds", "attention_mask", "past_key_values", "position_ids"]
-    if list(inspect.signature(stock).parameters)[: len(names)] != names:
+    found = list(inspect.signature(stock).parameters)[:5]
+    # The fourth was renamed in 5.24; it is handed on as it comes.
+    if found[:3] + found[4:] != ["config", "inputs_embeds", "attention_mask", "position_ids"]:
         raise ImportError(
             "this release of transformers has another masking_utils._preprocess_mask_arguments than hf_flashmask "
             "knows; install transformers==5.23.0 or a newer hf-flashmask"
@@ -185,19 +186,13 @@ def install(mask_function: Any) -> None:
 
     @functools.wraps(stock)
     def _preprocess_mask_arguments(
-        config: Any,
-        inputs_embeds: Any,
-        attention_mask: Any,
-        past_key_values: Any,
-        position_ids: Any,
-        *args: Any,
-        **kwargs: Any,
+        config: Any, inputs_embeds: Any, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> Any:
         if AttentionMaskInterface._global_mapping.get(config._attn_implementation) is mask_function:
             # A 4D tensor is returned as it is, so the mask interface never sees it.
             refuse_lost_mask(attention_mask)
-            _local.position_ids = position_ids
-        return stock(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs)
+            _local.position_ids = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+        return stock(config, inputs_embeds, attention_mask, *args, **kwargs)
 
     _preprocess_mask_arguments._hf_flashmask = True  # type: ignore[attr-defined]
-    masking_utils._preprocess_mask_arguments = _preprocess_mask_arguments
+    masking_utils._preprocess_mask_arguments = _preprocess_mask_arguments  # type: ignore[assignment]
