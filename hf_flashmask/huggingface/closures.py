@@ -1,7 +1,7 @@
 """What the closures of Transformers' mask functions hold, also while torch.compile traces.
 
 A closure that is made while torch.compile traces has no ``__closure__`` to read, but it keeps attributes. So the
-factories of ``transformers.masking_utils`` (5.17 to 5.23 read) note on what they return what it closes over. Can go
+factories of ``transformers.masking_utils`` (5.17 to 5.24 read) note on what they return what it closes over. Can go
 when torch.compile traces ``__closure__``, or when mask functions carry a description.
 """
 

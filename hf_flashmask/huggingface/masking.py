@@ -76,7 +76,7 @@ def flashmask_mask(
     if unknown:
         raise NotImplementedError(
             f"flashmask does not know the mask argument {unknown[0]!r} and will not ignore it; "
-            "use attn_implementation='sdpa', or install transformers==5.23.0 or a newer hf-flashmask"
+            "use attn_implementation='sdpa', or install transformers==5.24.0 or a newer hf-flashmask"
         )
     refuse_lost_mask(attention_mask, mask_function)
     if isinstance(attention_mask, ColumnMask):

@@ -1,6 +1,6 @@
 """How the name "flashmask" lives beside Transformers' checks for "flash".
 
-Transformers (5.17 to 5.23 read) takes every attention name that contains "flash" for a build of FlashAttention: it
+Transformers (5.17 to 5.24 read) takes every attention name that contains "flash" for a build of FlashAttention: it
 tries to import one, swaps the name for another in gpt-oss-like models, refuses chunked attention, and maps it to
 FlashAttention-2 classes in falcon-like models. All of that asks one function, so that function learns one exception.
 It is changed in place because some seventy modules hold it by name. Can go when Transformers asks the registry
@@ -47,7 +47,7 @@ def install() -> None:
         if list(ours) != list(theirs) or asked.__code__.co_freevars:
             raise ImportError(
                 "this release of transformers has another is_flash_attention_requested"
-                f"({', '.join(theirs)}) than hf_flashmask knows; install transformers==5.23.0 or a newer hf-flashmask"
+                f"({', '.join(theirs)}) than hf_flashmask knows; install transformers==5.24.0 or a newer hf-flashmask"
             )
         stock = types.FunctionType(asked.__code__, asked.__globals__, asked.__name__, asked.__defaults__)
         setattr(generic, _STOCK, stock)

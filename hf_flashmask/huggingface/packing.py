@@ -171,6 +171,7 @@ def install(mask_function: Any) -> None:
     """
     from transformers import AttentionMaskInterface, masking_utils
 
+    from .paged import PagedStep
     from .sequence_parallel import refuse_lost_mask
 
     stock = masking_utils._preprocess_mask_arguments
@@ -181,7 +182,7 @@ def install(mask_function: Any) -> None:
     if found[:3] + found[4:] != ["config", "inputs_embeds", "attention_mask", "position_ids"]:
         raise ImportError(
             "this release of transformers has another masking_utils._preprocess_mask_arguments than hf_flashmask "
-            "knows; install transformers==5.23.0 or a newer hf-flashmask"
+            "knows; install transformers==5.24.0 or a newer hf-flashmask"
         )
 
     @functools.wraps(stock)
@@ -192,7 +193,11 @@ def install(mask_function: Any) -> None:
             # A 4D tensor is returned as it is, so the mask interface never sees it.
             refuse_lost_mask(attention_mask)
             _local.position_ids = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
-        return stock(config, inputs_embeds, attention_mask, *args, **kwargs)
+        found = stock(config, inputs_embeds, attention_mask, *args, **kwargs)
+        if isinstance(attention_mask, PagedStep) and found[1] is None:
+            # 5.24 takes it that continuous batching needs no mask; the step travels as one.
+            return (True, attention_mask, *found[2:])
+        return found
 
     _preprocess_mask_arguments._hf_flashmask = True  # type: ignore[attr-defined]
     masking_utils._preprocess_mask_arguments = _preprocess_mask_arguments  # type: ignore[assignment]

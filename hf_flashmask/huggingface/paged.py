@@ -4,8 +4,8 @@ A step packs the new tokens of many requests into one row, and Transformers' pag
 requests one after another, cached ones first. The mask is one causal block a request, aligned to its last key: two
 bounds a key where sdpa is given a dense mask of all new tokens by all keys.
 
-Read in Transformers 5.17 and 5.23, which take an implementation that is no FlashAttention build for one that needs such
-a dense mask, and refuse it or swap it for another. Can go when they ask the registry instead of the name.
+Read in Transformers 5.17, 5.23 and 5.24, which take an implementation that is no build of FlashAttention for one that
+needs such a dense mask, and refuse it or swap it. Can go when they ask the registry instead of the name.
 """
 
 from __future__ import annotations
@@ -16,10 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import masking_utils
 
 from hf_flashmask.masks import ColumnMask
 
 from .naming import NAME, PAGED_NAME
+
+# Since 5.24 models hand new keys to the paged cache themselves, as to any other; before, attention does.
+_MODELS_UPDATE = hasattr(masking_utils, "PagedAttentionCache")
 
 
 class PagedStep(ColumnMask):
@@ -63,10 +67,10 @@ class PagedStep(ColumnMask):
     def read(
         self, module: torch.nn.Module, key: Tensor, value: Tensor, sliding_window: int | None
     ) -> tuple[Tensor, Tensor, ColumnMask]:
-        """Write the new keys and values to the cache, and read those of all the step's requests.
+        """Let the cache have the new keys and values, and read those of all the step's requests.
 
         Args:
-            key, value: ``[1, Hkv, Sq, D]``, ``[1, Hkv, Sq, Dv]``, of the new tokens.
+            key, value: ``[1, Hkv, Sq, D]``, ``[1, Hkv, Sq, Dv]``, of the new tokens; from 5.24 on of all.
             sliding_window: what the layer asks for; the cache may keep no more than a window either.
 
         Returns:
@@ -75,34 +79,38 @@ class PagedStep(ColumnMask):
         Raises:
             NotImplementedError: keys that were cached elsewhere too, or a cache of another release of Transformers.
         """
-        if key.shape[2] != self.q_len:
-            raise NotImplementedError(
-                f"{type(module).__name__}: continuous batching gave {self.q_len} new tokens, but {key.shape[2]} keys "
-                "came: this model fills a cache of its own beside the paged one; use model.generate for it"
-            )
-        cache, layer = self.given["cache"], module.layer_idx
-        indices = {name: self.given[name] for name in ("read_index", "write_index")}
+        key, value, kept = self._through_cache(module, key, value)
         cu_seqlens_k = self.given["cu_seq_lens_k"]
-        takes = _arguments(type(cache).update)
-        if "kwargs" in takes:  # 5.23; the cache replaces entries by those of the layer
-            step = {**indices, "cu_seq_lens_k": cu_seqlens_k, "max_length_k": dict.fromkeys(cu_seqlens_k)}
-            key, value = cache.update(key_states=key, value_states=value, layer_idx=layer, kwargs=step)
-            kept = getattr(cache.layer_to_allocator[layer], "sliding_window", None)
-        elif takes >= set(indices) and hasattr(cache, "sliding_windows"):  # 5.17
-            key, value = cache.update(key_states=key, value_states=value, layer_idx=layer, **indices)
-            key, value = (t.transpose(0, 1).unsqueeze(0) for t in (key, value))
-            window = cache.sliding_windows[layer]  # 1 says none
-            kept = None if window == 1 else window
-        else:
-            raise NotImplementedError(
-                f"this release of transformers has another PagedAttentionCache.update({', '.join(sorted(takes))}) "
-                "than hf_flashmask knows; install transformers==5.23.0 or a newer hf-flashmask, or use "
-                "attn_implementation='sdpa'"
-            )
         if isinstance(cu_seqlens_k, dict):
             cu_seqlens_k = cu_seqlens_k["full_attention" if kept is None else "sliding_attention"]
         windows = [window for window in (sliding_window, kept) if window is not None]
         return key, value, self._mask(cu_seqlens_k, key.shape[2], min(windows, default=None))
+
+    def _through_cache(self, module: torch.nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int | None]:
+        """Keys and values of all the step's requests, and the window that the cache keeps of them."""
+        cache, layer = self.given["cache"], module.layer_idx
+        indices = {name: self.given[name] for name in ("read_index", "write_index")}
+        if _MODELS_UPDATE:
+            allocator = cache.layer_to_allocator[layer]
+            # No index means that there is nothing to read but the new ones.
+            _check_keys(module, key, indices["read_index"][allocator.index].numel() or self.q_len)
+            return key, value, getattr(allocator, "sliding_window", None)
+        _check_keys(module, key, self.q_len)
+        takes = _arguments(type(cache).update)
+        if "kwargs" in takes:  # 5.23; the cache replaces entries by those of the layer
+            cu_seqlens_k = self.given["cu_seq_lens_k"]
+            step = {**indices, "cu_seq_lens_k": cu_seqlens_k, "max_length_k": dict.fromkeys(cu_seqlens_k)}
+            key, value = cache.update(key_states=key, value_states=value, layer_idx=layer, kwargs=step)
+            return key, value, getattr(cache.layer_to_allocator[layer], "sliding_window", None)
+        if takes >= set(indices) and hasattr(cache, "sliding_windows"):  # 5.17
+            key, value = cache.update(key_states=key, value_states=value, layer_idx=layer, **indices)
+            window = cache.sliding_windows[layer]  # 1 says none
+            return key.transpose(0, 1)[None], value.transpose(0, 1)[None], None if window == 1 else window
+        raise NotImplementedError(
+            f"this release of transformers has another PagedAttentionCache.update({', '.join(sorted(takes))}) than "
+            "hf_flashmask knows; install transformers==5.24.0 or a newer hf-flashmask, or use "
+            "attn_implementation='sdpa'"
+        )
 
     def _mask(self, cu_seqlens_k: Tensor, kv_len: int, window: int | None) -> ColumnMask:
         """Shared by all layers of a kind."""
@@ -113,6 +121,14 @@ class PagedStep(ColumnMask):
             self._cache[key] = paged_mask(self.given["cu_seq_lens_q"], cu_seqlens_k, self.q_len, kv_len, window)
         mask: ColumnMask = self._cache[key]
         return mask
+
+
+def _check_keys(module: torch.nn.Module, key: Tensor, expected: int) -> None:
+    if key.shape[2] != expected:
+        raise NotImplementedError(
+            f"{type(module).__name__}: a step of continuous batching should bring {expected} keys here, but "
+            f"{key.shape[2]} came: this model fills another cache than the paged one; use model.generate for it"
+        )
 
 
 @functools.cache

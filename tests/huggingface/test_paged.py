@@ -1,6 +1,7 @@
 """Continuous batching: every request as if it were alone, through prefill in chunks, shared prefixes and decoding."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers.generation.continuous_batching import continuous_api, input_ou
 from transformers.generation.continuous_batching.utils import build_attention_mask
 
 from hf_flashmask.huggingface import serve
-from hf_flashmask.huggingface.paged import PagedStep, paged_mask
+from hf_flashmask.huggingface.paged import _MODELS_UPDATE, PagedStep, paged_mask
 
 from .models import tiny
 
@@ -53,7 +54,9 @@ def alone(model):
         ("llama", {}),
         ("gemma2", {"sliding_window": 5}),  # and softcap, full and window layers
         ("gpt_oss", {"sliding_window": 5}),  # sinks
-        ("stablelm", {}),  # passes nothing but the mask to attention
+        pytest.param(  # passes nothing but the mask to attention
+            "stablelm", {}, marks=pytest.mark.skipif(_MODELS_UPDATE, reason="fails to update the cache, with sdpa too")
+        ),
     ],
 )
 def test_requests_are_answered_as_if_alone(model_type, changes, monkeypatch):
@@ -110,7 +113,15 @@ def test_the_mask_is_the_one_that_sdpa_is_given(window):
 def step(**changes):
     cu = torch.tensor([0, 4], dtype=torch.int32)
     names = ("cache", "read_index", "write_index", "block_table")
-    given = {**dict.fromkeys(names), "input_ids": torch.zeros(1, 4), "cu_seq_lens_q": cu, "cu_seq_lens_k": {"a": cu}}
+    group = SimpleNamespace(index=0)  # of layers
+    known = {"cache": SimpleNamespace(layer_to_allocator=[group]), "read_index": [torch.zeros(4)]}
+    given = {
+        **dict.fromkeys(names),
+        **known,
+        "input_ids": torch.zeros(1, 4),
+        "cu_seq_lens_q": cu,
+        "cu_seq_lens_k": {"a": cu},
+    }
     return PagedStep.of({**given, **changes})
 
 
@@ -121,7 +132,7 @@ def test_what_it_does_not_know_is_refused():
     layer = tiny("llama", "flashmask", num_hidden_layers=1).model.layers[0].self_attn
     attend = AttentionInterface()["flashmask"]
     q = torch.randn(1, 4, 4, 16)
-    with pytest.raises(NotImplementedError, match="fills a cache of its own beside the paged one"):
+    with pytest.raises(NotImplementedError, match="fills another cache than the paged one"):
         attend(layer, q, torch.cat((q, q), 2), torch.cat((q, q), 2), step())
     with pytest.raises(NotImplementedError, match="attention argument 'position_bias'"):
         attend(layer, q, q, q, step(), position_bias=q)
@@ -129,8 +140,9 @@ def test_what_it_does_not_know_is_refused():
     for name, argument in (("cache", object()), ("cu_seq_lens_k", {})):
         with pytest.raises(NotImplementedError, match=f"{name}.*use attn_implementation='.*sdpa'"):
             attend(layer, q, q, q, None, **{name: argument})
-    with pytest.raises(NotImplementedError, match="another PagedAttentionCache.update"):
-        step(cache=type("Cache", (), {"update": lambda self, key: key})()).read(layer, q, q, None)
+    if not _MODELS_UPDATE:
+        with pytest.raises(NotImplementedError, match="another PagedAttentionCache.update"):
+            step(cache=type("Cache", (), {"update": lambda self, key: key})()).read(layer, q, q, None)
 
 
 def test_the_server_takes_the_name_and_still_refuses_others(tmp_path):
