@@ -30,7 +30,7 @@ from hf_flashmask.masks.intervals import run_spans
 from .demo import texts, train_tokenizer
 from .kernels import release
 from .measure import table
-from .records import ENVIRONMENT, Log, Refusal, environment
+from .records import ENVIRONMENT, Log, Refusal, check_device, environment
 
 SEED = 0
 VOCAB_SIZE = 2048
@@ -67,8 +67,7 @@ class Setup:
             raise Refusal(f"hidden must be an even multiple of the {self.heads} heads, got {self.hidden}")
         if self.dtype not in DTYPES:
             raise Refusal(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
-        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
-            raise Refusal("there is no CUDA device; --device cpu takes the CPU")
+        check_device(self.device)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from . import infer_attention, infer_models
 from .clock import Clock
 from .kernels import release
 from .measure import table
-from .records import ENVIRONMENT, Log, Refusal, environment, failure
+from .records import ENVIRONMENT, Log, Refusal, check_device, check_known, environment, failure
 
 COLUMNS = (
     *ENVIRONMENT, "transformers", "case", "batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim", "layers",
@@ -60,10 +60,8 @@ class Setup:
     command: str = ""
 
     def __post_init__(self) -> None:
-        if unknown := [name for name in self.cases if name not in CASES]:
-            raise Refusal(f"cases must be among {', '.join(CASES)}, got {', '.join(unknown)}")
-        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
-            raise Refusal("there is no CUDA device; --device cpu takes the CPU")
+        check_known("cases", self.cases, CASES)
+        check_device(self.device)
         if self.heads % self.kv_heads:
             raise Refusal(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
 

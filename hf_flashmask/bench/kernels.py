@@ -20,7 +20,7 @@ from . import accuracy, kernel_masks
 from .clock import Clock
 from .measure import table
 from .peers import KernelCase, Make, Peer, load
-from .records import ENVIRONMENT, Log, Refusal, environment, failure
+from .records import ENVIRONMENT, Log, Refusal, check_known, environment, failure
 
 # FLOPs of a visible pair and head, in units of the head dim: 2 products forward, 5 backward.
 FLOPS = {"fwd": 4.0, "bwd": 10.0}
@@ -49,8 +49,7 @@ class Setup:
     command: str = ""
 
     def __post_init__(self) -> None:
-        if unknown := [name for name in self.masks if name not in kernel_masks.MASKS]:
-            raise Refusal(f"masks must be among {', '.join(kernel_masks.MASKS)}, got {', '.join(unknown)}")
+        check_known("masks", self.masks, kernel_masks.MASKS)
         if odd := [d for d in self.head_dims if self.hidden % d]:
             raise Refusal(f"head_dims must divide the hidden size of {self.hidden}, got {odd}")
         if long := [n for n in self.lengths if n > self.tokens]:

@@ -18,7 +18,7 @@ import torch
 from . import train
 from .kernels import release
 from .measure import table
-from .records import ENVIRONMENT, Log, Refusal, environment, failure
+from .records import ENVIRONMENT, Log, Refusal, check_device, check_known, environment, failure
 from .train_cases import Case, Step, backbone
 
 COLUMNS = (
@@ -48,12 +48,10 @@ class Setup:
     command: str = ""
 
     def __post_init__(self) -> None:
-        if unknown := [name for name in self.methods if name not in METHODS]:
-            raise Refusal(f"methods must be among {', '.join(METHODS)}, got {', '.join(unknown)}")
+        check_known("methods", self.methods, METHODS)
         if not 1 <= self.layers_run <= self.layers:
             raise Refusal(f"layers run must be between 1 and the {self.layers} of the model, got {self.layers_run}")
-        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
-            raise Refusal("there is no CUDA device; --device cpu takes the CPU")
+        check_device(self.device)
 
 
 def run(setup: Setup) -> str:

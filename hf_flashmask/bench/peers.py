@@ -22,7 +22,7 @@ from hf_flashmask.attention import flashmask_attention
 from hf_flashmask.masks import ColumnMask
 
 from .kernel_masks import KernelMask, MaskMod
-from .records import Refusal
+from .records import Refusal, check_known
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -224,6 +224,5 @@ def load(plugins: Sequence[Path] = (), names: Sequence[str] | None = None) -> di
         peers |= found
     if names is None:
         return peers
-    if unknown := [name for name in names if name not in peers]:
-        raise Refusal(f"peers must be among {', '.join(peers)}, got {', '.join(unknown)}")
+    check_known("peers", names, peers)
     return {name: peers[name] for name in names}

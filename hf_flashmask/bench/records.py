@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,25 @@ ENVIRONMENT = ("gpu", "torch", "triton", "commit", "command")
 
 class Refusal(ValueError):
     """What was asked for cannot be done; the message says why."""
+
+
+def check_known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """
+    Raises:
+        Refusal: a name given is not among those known.
+    """
+    known = list(known)
+    if unknown := [name for name in given if name not in known]:
+        raise Refusal(f"{what} must be among {', '.join(known)}, got {', '.join(unknown)}")
+
+
+def check_device(device: str) -> None:
+    """
+    Raises:
+        Refusal: it is a CUDA device, and there is none.
+    """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise Refusal("there is no CUDA device; --device cpu takes the CPU")
 
 
 def environment(device: torch.device | str, command: str = "", commit: str | None = None) -> dict[str, str]:

@@ -21,7 +21,7 @@ import torch
 from .demo import texts, train_tokenizer
 from .kernels import release
 from .measure import PeakMemory, mib, table
-from .records import ENVIRONMENT, Log, Refusal, environment, failure
+from .records import ENVIRONMENT, Log, Refusal, check_device, environment, failure
 
 SHOTS = 8  # prompts have fewer solved problems than this
 PAGE = 256  # tokens; what Transformers takes by itself
@@ -61,8 +61,7 @@ class Setup:
                 f"heads must be a multiple of kv_heads and hidden an even one of heads, got {self.heads}, "
                 f"{self.kv_heads} and {self.hidden}"
             )
-        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
-            raise Refusal("there is no CUDA device; --device cpu takes the CPU")
+        check_device(self.device)
 
 
 @dataclass

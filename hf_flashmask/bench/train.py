@@ -23,7 +23,7 @@ from hf_flashmask.prefix_sharing import share_prompts
 
 from .kernels import release
 from .measure import table
-from .records import ENVIRONMENT, Log, Refusal, environment, failure
+from .records import ENVIRONMENT, Log, check_device, check_known, environment, failure
 from .train_cases import CASES, Case, Step
 
 COLUMNS = (
@@ -56,12 +56,9 @@ class Setup:
     command: str = ""
 
     def __post_init__(self) -> None:
-        if unknown := [name for name in self.cases if name not in CASES]:
-            raise Refusal(f"cases must be among {', '.join(CASES)}, got {', '.join(unknown)}")
-        if unknown := [name for name in self.methods if name not in METHODS]:
-            raise Refusal(f"methods must be among {', '.join(METHODS)}, got {', '.join(unknown)}")
-        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
-            raise Refusal("there is no CUDA device; --device cpu takes the CPU")
+        check_known("cases", self.cases, CASES)
+        check_known("methods", self.methods, METHODS)
+        check_device(self.device)
 
 
 @dataclass

@@ -23,7 +23,7 @@ import torch
 from .convergence import AGAIN, OURS, SDPA, SEED, Run, gap, hashes, reproducible
 from .demo import preferences, texts, train_tokenizer
 from .measure import table
-from .records import ENVIRONMENT, Log, Refusal, environment
+from .records import ENVIRONMENT, Log, Refusal, check_device, check_known, environment
 
 METHODS = (SDPA, OURS, AGAIN)
 VOCAB_SIZE = 1024
@@ -52,12 +52,10 @@ class Setup:
     command: str = ""
 
     def __post_init__(self) -> None:
-        if unknown := [name for name in self.tasks if name not in TASKS]:
-            raise Refusal(f"tasks must be among {', '.join(TASKS)}, got {', '.join(unknown)}")
+        check_known("tasks", self.tasks, TASKS)
         if self.hidden % (2 * self.heads):
             raise Refusal(f"hidden must be an even multiple of the {self.heads} heads, got {self.hidden}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise Refusal("there is no CUDA device; --device cpu takes the CPU")
+        check_device(self.device)
 
 
 def run(setup: Setup) -> str:

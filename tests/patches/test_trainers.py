@@ -250,6 +250,20 @@ def lengths(completions, **_):
 GROUPS = {"grpo": (GRPOConfig, FixedGRPO), "rloo": (RLOOConfig, FixedRLOO)}
 
 
+def group_trainer(trainer_type, implementation, given, adapter, tokenizer, folder):
+    """GRPO or RLOO of the model in ``folder / "model"`` on eight prompts."""
+    config_class, trainer_class = GROUPS[trainer_type]
+    arguments = config_class(
+        str(folder / "out"), max_completion_length=8, model_init_kwargs={"attn_implementation": implementation},
+        **{**TRAINING, **given},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return trainer_class(
+        str(folder / "model"), reward_funcs=lengths, args=arguments, processing_class=tokenizer, peft_config=adapter,
+        train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in preferences(8)]),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("trainer_type", "model_type", "options"),
     [
@@ -267,21 +281,11 @@ def test_one_loss_of_groups(trainer_type, model_type, options, tokenizer, tmp_pa
     """Loss, gradients, metrics and log-probabilities of the same completions, away from the policy that made them."""
     options = dict(options)
     adapter = lora(init_lora_weights=False) if options.pop("peft", False) else None
-    config_class, trainer_class = GROUPS[trainer_type]
-    prompts = Dataset.from_list([{"prompt": row["prompt"]} for row in preferences(8)])
     tiny(model_type, "sdpa").save_pretrained(tmp_path / "model")
 
     def run(implementation, flag):
-        arguments = config_class(
-            str(tmp_path / "out"), num_generations=4, max_completion_length=8,
-            model_init_kwargs={"attn_implementation": implementation},
-            **{**TRAINING, "disable_dropout": True, "per_device_train_batch_size": 16, **flag, **options},
-        )  # fmt: skip
-        torch.manual_seed(0)
-        trainer = trainer_class(
-            str(tmp_path / "model"), reward_funcs=lengths, args=arguments, train_dataset=prompts,
-            processing_class=tokenizer, peft_config=adapter,
-        )  # fmt: skip
+        given = {"num_generations": 4, "disable_dropout": True, "per_device_train_batch_size": 16, **flag, **options}
+        trainer = group_trainer(trainer_type, implementation, given, adapter, tokenizer, tmp_path)
         passes, compute = [], trainer._get_per_token_logps_and_entropies
 
         def recorded(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
@@ -336,21 +340,11 @@ def test_groups_of_completions(trainer_type, options, tokenizer, tmp_path):
     """Gradients of optimizer steps that span a generation batch do not depend on its shuffle; single losses do."""
     options = dict(options)
     adapter = lora() if options.pop("peft", False) else None
-    config_class, trainer_class = GROUPS[trainer_type]
-    prompts = Dataset.from_list([{"prompt": row["prompt"]} for row in preferences(8)])
     tiny("llama", "sdpa").save_pretrained(tmp_path / "model")
 
     def run(implementation, flag):
-        arguments = config_class(
-            str(tmp_path / "out"), num_generations=8, max_completion_length=8,
-            model_init_kwargs={"attn_implementation": implementation},
-            **{**TRAINING, "per_device_train_batch_size": 8, **flag, **options},
-        )  # fmt: skip
-        torch.manual_seed(0)
-        trainer = trainer_class(
-            str(tmp_path / "model"), reward_funcs=lengths, args=arguments, train_dataset=prompts,
-            processing_class=tokenizer, peft_config=adapter,
-        )  # fmt: skip
+        given = {"num_generations": 8, "per_device_train_batch_size": 8, **flag, **options}
+        trainer = group_trainer(trainer_type, implementation, given, adapter, tokenizer, tmp_path)
         losses, gradients, metrics = train(trainer)
         # Of the last micro-batch, or of extremes within one: they depend on who is in it.
         own = ("loss", "clip_ratio", "entropy", "kl")
