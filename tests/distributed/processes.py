@@ -1,4 +1,4 @@
-"""Two processes in a gloo group on this machine, which run functions for tests."""
+"""Two processes in a group on this machine, gloo or NCCL with a GPU each, which run functions for tests."""
 
 import multiprocessing
 import os
@@ -15,9 +15,10 @@ COLLECTIVE_SECONDS, JOB_SECONDS = 60, 150
 class Processes:
     """Started once, since importing takes longer than a job. They meet through a file: no port can be taken."""
 
-    def __init__(self, folder, set_up=None):
+    def __init__(self, folder, set_up=None, backend="gloo"):
         spawn = multiprocessing.get_context("spawn")
-        self._folder, self._spawn, self._set_up, self._started = folder, spawn, set_up, 0
+        self._folder, self._spawn, self._started = folder, spawn, 0
+        self._options = (set_up, backend)
         self._workers = []
 
     def run(self, job, *args):
@@ -48,7 +49,8 @@ class Processes:
         meeting = self._folder / f"meeting-{self._started}"
         for rank in range(WORLD):
             ours, theirs = self._spawn.Pipe()
-            process = self._spawn.Process(target=_serve, args=(rank, str(meeting), theirs, self._set_up), daemon=True)
+            process = self._spawn.Process(target=_serve, args=(rank, str(meeting), theirs, *self._options))
+            process.daemon = True
             process.start()
             theirs.close()
             self._workers.append((process, ours))
@@ -73,7 +75,7 @@ class Processes:
         return [results[rank] for rank in range(WORLD)]
 
 
-def _serve(rank, meeting, pipe, set_up):
+def _serve(rank, meeting, pipe, set_up, backend):
     os.environ.update(
         {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD)}
     )
@@ -84,8 +86,10 @@ def _serve(rank, meeting, pipe, set_up):
     import torch
 
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=WORLD,
+        backend, init_method=f"file://{meeting}", rank=rank, world_size=WORLD,
         timeout=datetime.timedelta(seconds=COLLECTIVE_SECONDS),
     )  # fmt: skip
     if set_up is not None:

@@ -23,7 +23,7 @@ def start_deepspeed():
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
     deepspeed.ops.__compatible_ops__.clear()  # or processes on a CPU compile C++ first
-    deepspeed.comm.init_distributed(dist_backend="gloo")
+    deepspeed.comm.init_distributed(dist_backend=torch.distributed.get_backend())
     # Of the model, only sizes matter, which all have in common.
     UlyssesSPAttentionHF.register_with_transformers(
         tiny("llama", "flashmask"), core_attn_implementation="flashmask", sequence_parallel_size=2, micro_batch_size=1
@@ -32,10 +32,11 @@ def start_deepspeed():
 
 def half_of_the_row(model_type, lengths):
     """Logits of this process's half, and gradients of the loss summed over both."""
-    model = tiny(model_type, "flashmask").train()
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    model = tiny(model_type, "flashmask").train().to(device)
     model.gradient_checkpointing_enable()
     first = 12 * torch.distributed.get_rank()
-    ids, positions = (t[:, first : first + 12] for t in row(lengths))
+    ids, positions = (t[:, first : first + 12].to(device) for t in row(lengths))
     logits = model(ids, position_ids=positions, use_cache=False).logits
     logits.logsumexp(-1).sum().backward()
     grads = {name: p.grad for name, p in model.named_parameters()}
@@ -54,13 +55,17 @@ def processes(tmp_path_factory):
 @pytest.mark.parametrize("case", LENGTHS)
 @pytest.mark.parametrize("model_type", MODELS)
 def test_logits_and_gradients_are_those_of_documents_alone(model_type, case, processes):
-    halves = processes.run(half_of_the_row, model_type, LENGTHS[case])
+    check(processes.run(half_of_the_row, model_type, LENGTHS[case]), model_type, LENGTHS[case])
+
+
+def check(halves, model_type, lengths, atol=1e-5):
     model = tiny(model_type, "eager").train()
-    parts = row(LENGTHS[case])[0].split(LENGTHS[case], 1)
+    parts = row(lengths)[0].split(lengths, 1)
     expected = torch.cat([model(part, use_cache=False).logits for part in parts], 1)
     expected.logsumexp(-1).sum().backward()
-    torch.testing.assert_close(torch.cat([logits for logits, _ in halves], 1), expected, rtol=0, atol=1e-5)
+    logits = torch.cat([logits.cpu() for logits, _ in halves], 1)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=atol)
     for name, parameter in model.named_parameters():
         for _, grads in halves:
-            error = float((grads[name] - parameter.grad).norm())
-            assert error <= 1e-4 * max(1e-2, float(parameter.grad.norm())), name
+            error = float((grads[name].cpu() - parameter.grad).norm())
+            assert error <= 10 * atol * max(1e-2, float(parameter.grad.norm())), name

@@ -47,14 +47,15 @@ def summed(model, labels, **inputs):
 
 def in_two(batch_of, wrapper, checkpointing, share):
     """Mean loss over the tokens of both processes, gradients as the wrapper leaves them, and tokens merged."""
-    model = tiny("llama", "flashmask").train()
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    model = tiny("llama", "flashmask").train().to(device)
     if checkpointing:
         model.gradient_checkpointing_enable()
     handle = share_prompts(model) if share == "inside" else None
     if wrapper == "ddp":
         outer = DistributedDataParallel(model)
     else:
-        mesh = init_device_mesh("cpu", (2,))
+        mesh = init_device_mesh(device, (2,))
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         outer = fully_shard(model, mesh=mesh)
@@ -62,7 +63,8 @@ def in_two(batch_of, wrapper, checkpointing, share):
     if share == "around":
         handle = share_prompts(outer)
     n_tokens = sum(trained(batch_of(rank)["labels"]) for rank in range(2))
-    loss = summed(outer, **batch_of(torch.distributed.get_rank())) / n_tokens
+    batch = {name: t.to(device) for name, t in batch_of(torch.distributed.get_rank()).items()}
+    loss = summed(outer, **batch) / n_tokens
     (loss * 2).backward()  # the wrappers average over processes
     loss = loss.detach()
     torch.distributed.all_reduce(loss)

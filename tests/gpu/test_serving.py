@@ -9,10 +9,13 @@ from tests.huggingface.test_paged import alone, in_batches
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt_oss"])
-@pytest.mark.parametrize("cuda_graphs", [False, True])
+@pytest.mark.parametrize(
+    ("model_type", "cuda_graphs"),
+    # Transformers' float32 experts read counts on the host, which no graph can capture.
+    [("llama", False), ("llama", True), ("gemma2", False), ("gemma2", True), ("gpt_oss", False)],
+)
 def test_requests_are_answered_as_if_alone(model_type, cuda_graphs):
-    options = {"num_hidden_layers": 2, "sliding_window": 5} if model_type == "gpt_oss" else {"num_hidden_layers": 2}
+    options = {"num_hidden_layers": 2} if model_type == "llama" else {"num_hidden_layers": 2, "sliding_window": 5}
     expected = alone(tiny(model_type, "eager", **options).cuda())
     ours = tiny(model_type, "flashmask", **options).cuda()
     assert in_batches(ours, use_cuda_graph=cuda_graphs) == expected
