@@ -68,6 +68,8 @@ def install() -> None:
         PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation  # type: ignore[method-assign]
 
 
+# Classes that have only that part of a source in them which asks the attention interface.
+_SPARED = re.compile(r"BigBirdPegasus(ForCausalLM|Decoder)")
 COMPUTES_ITSELF = "it computes attention itself instead of asking Transformers' attention interface"
 # What a model's source does with attention that no registered function can serve, and what to say of it.
 _REASONS = (
@@ -85,7 +87,7 @@ _REASONS = (
     ),
     (r"attn_mask = self\.prepare_dynamic_mask\(", "it computes part of its mask from the values"),
     (r"attention_mask = torch\.cat\(\[attention_mask, block_bias", "it appends compressed keys behind its mask"),
-    (r"precomputed for all layers in BigBirdPegasusModel", "part of it adds the mask to scores of its own"),
+    (r"precomputed for all layers in BigBirdPegasusModel", "its encoder adds the mask to scores of its own"),
     (r"torch\.cat\(\s*\[self_attn_mask_mapping", "it joins two masks into one by itself"),
     (r"padding_mask\[:, :, -1, :\]", "its experts read padding from a dense mask"),
 )
@@ -109,7 +111,7 @@ def unsupported(model_class: type) -> str | None:
         tower = "Vision" in model_class.__name__
         reasons = [(p, text) for p, text in _REASONS if not tower or "_CLASSES" in p]
         found = next((text for pattern, text in reasons if re.search(pattern, source)), None)
-        if found is None:
+        if found is None or _SPARED.match(model_class.__name__):
             return None
         reason = found
     return (
