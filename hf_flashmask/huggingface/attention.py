@@ -105,7 +105,10 @@ def flashmask_attention_forward(
                 f"{where}: flashmask does not know the attention argument {name!r} and will not ignore it; "
                 "use attn_implementation='eager' or 'sdpa' for this model or call"
             )
+    options: dict[str, Any] = {"softmax_scale": scaling, "softcap": softcap, "sinks": s_aux}
     if step is not None:
+        if (out := step.attend(module, query, key, value, **options)) is not None:
+            return out, None
         key, value, attention_mask = step.read(module, key, value, sliding_window)
         # They are in that mask; position_ids say where a request is, not where it begins.
         cu_seq_lens_q = cu_seq_lens_k = position_ids = None
@@ -133,8 +136,7 @@ def flashmask_attention_forward(
     mask = split_documents(mask, position_ids, cu_seq_lens_q, cu_seq_lens_k, seq_idx).to(query.device)
     tensors = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     if s_aux is not None and s_aux.shape[0] != query.shape[1] and masks_are_dropped():
-        s_aux = own_sinks(s_aux, query.shape[1])
-    options: dict[str, Any] = {"softmax_scale": scaling, "softcap": softcap, "sinks": s_aux}
+        options["sinks"] = own_sinks(s_aux, query.shape[1])
     if isinstance(mask, WindowedTree):
         return mask.attend(*tensors, **options), None
     if isinstance(mask, TreeMask) and sliding_window is not None and sliding_window < mask.row_len:

@@ -2,7 +2,8 @@
 
 A step packs the new tokens of many requests into one row, and Transformers' paged cache hands a layer the keys of those
 requests one after another, cached ones first. The mask is one causal block a request, aligned to its last key: two
-bounds a key where sdpa is given a dense mask of all new tokens by all keys.
+bounds a key where sdpa is given a dense mask of all new tokens by all keys. A step that only decodes, one new token a
+request, may come with block tables instead (Transformers 5.24, full attention): its keys are read where they lie.
 
 Read in Transformers 5.17, 5.23 and 5.24, which take an implementation that is no build of FlashAttention for one that
 needs such a dense mask, and refuse it or swap it. Can go when they ask the registry instead of the name.
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
+from hf_flashmask.attention.paged import paged_attention
 from hf_flashmask.masks import ColumnMask
 
 from .naming import NAME, PAGED_NAME
@@ -35,8 +37,8 @@ class PagedStep(ColumnMask):
     __slots__ = ("given",)
     # What else continuous batching hands to models, where they pass it on: read from the step, or without effect here.
     ARGUMENTS = frozenset(
-        {"block_table", "cache", "logits_indices", "logits_processor_args", "max_seqlen_k", "max_seqlen_q"}
-        | {"read_index", "write_index"}
+        {"block_table", "cache", "k_cache", "logits_indices", "logits_processor_args", "max_seqlen_k", "max_seqlen_q"}
+        | {"read_index", "v_cache", "write_index"}
     )
 
     def __init__(self, bounds: Tensor, *, causal: bool, q_len: int, given: dict[str, Any]) -> None:
@@ -48,14 +50,14 @@ class PagedStep(ColumnMask):
         """From what continuous batching gives to a model.
 
         Raises:
-            NotImplementedError: it has block tables.
+            NotImplementedError: it has block tables, in a release of Transformers where they were not tried.
         """
-        if given["block_table"] is not None:
+        if given["block_table"] is not None and not _MODELS_UPDATE:
             raise NotImplementedError(
-                "flashmask reads a paged cache by indices and has no block tables; set max_blocks_per_request=0 in "
+                "flashmask follows block tables from transformers 5.24 on; set max_blocks_per_request=0 in "
                 "ContinuousBatchingConfig"
             )
-        names = ("cache", "cu_seq_lens_q", "cu_seq_lens_k", "read_index", "write_index")
+        names = ("block_table", "cache", "cu_seq_lens_q", "cu_seq_lens_k", "read_index", "write_index")
         q_len = given["input_ids"].shape[1]
         own = paged_mask(given["cu_seq_lens_q"], given["cu_seq_lens_q"], q_len, q_len)
         return cls(own.bounds, causal=False, q_len=q_len, given={name: given[name] for name in names})
@@ -86,6 +88,49 @@ class PagedStep(ColumnMask):
         windows = [window for window in (sliding_window, kept) if window is not None]
         return key, value, self._mask(cu_seqlens_k, key.shape[2], min(windows, default=None))
 
+    @torch.compiler.disable
+    def attend(
+        self, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    ) -> Tensor | None:
+        """Attention of a step with block tables, the new keys and values written to their pages first; else None.
+
+        Args:
+            query: ``[1, Hq, R, D]``, a token of each of R requests; key, value: ``[1, Hkv, R, D]``.
+            options: ``softmax_scale``, ``softcap`` and ``sinks``.
+
+        Returns:
+            ``[1, R, Hq, D]``.
+        """
+        if self.given["block_table"] is None:
+            return None
+        allocator = self.given["cache"].layer_to_allocator[module.layer_idx]
+        block_table = self.given["block_table"][allocator.index]
+        _check_keys(module, key, block_table.shape[0])
+        k_pages, v_pages = allocator.get_cache_for_block_table(module.layer_idx)
+        mask, rows = self._decoding(allocator, block_table, k_pages.shape[1])
+        for pages, new in ((k_pages, key), (v_pages, value)):
+            pages.flatten(0, 1).index_copy_(0, rows, new[0].transpose(0, 1).to(pages.dtype))
+        q = query[0].transpose(0, 1)[:, None].to(k_pages.dtype)
+        return paged_attention(q, k_pages, v_pages, block_table, mask, **options).transpose(0, 1)
+
+    def _decoding(self, allocator: Any, block_table: Tensor, page: int) -> tuple[ColumnMask, Tensor]:
+        """The mask of a decoding step, and which rows of all pages its new keys go to; shared by an allocator's layers.
+
+        Requests without keys are padding: they see nothing and write where nothing is read.
+        """
+        key = ("decoding", _capturing(block_table), allocator.index)
+        if key not in self._cache:
+            cu_seqlens_k = self.given["cu_seq_lens_k"][allocator.layer_type]
+            seqlens_k = cu_seqlens_k[1:] - cu_seqlens_k[:-1]
+            j = torch.arange(block_table.shape[1] * page, device=seqlens_k.device)
+            bounds = (j < seqlens_k[:, None]).to(torch.int32)  # the one query is hidden from row 0 or from row 1 on
+            last = (seqlens_k.to(torch.int64) - 1).clamp(min=0)[:, None]
+            rows = (block_table.gather(1, last // page) * page + last % page)[:, 0]
+            rows = torch.where(seqlens_k > 0, rows, allocator.write_trash_index)
+            self._cache[key] = ColumnMask(bounds[:, None, None], causal=True, q_len=1), rows
+        made: tuple[ColumnMask, Tensor] = self._cache[key]
+        return made
+
     def _through_cache(self, module: torch.nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int | None]:
         """Keys and values of all the step's requests, and the window that the cache keeps of them."""
         cache, layer = self.given["cache"], module.layer_idx
@@ -114,13 +159,16 @@ class PagedStep(ColumnMask):
 
     def _mask(self, cu_seqlens_k: Tensor, kv_len: int, window: int | None) -> ColumnMask:
         """Shared by all layers of a kind."""
-        # A CUDA graph must make its mask itself: it is replayed with other lengths in the same tensors.
-        capturing = cu_seqlens_k.is_cuda and torch.cuda.is_current_stream_capturing()
-        key = ("paged", capturing, id(cu_seqlens_k), kv_len, window)
+        key = ("paged", _capturing(cu_seqlens_k), id(cu_seqlens_k), kv_len, window)
         if key not in self._cache:
             self._cache[key] = paged_mask(self.given["cu_seq_lens_q"], cu_seqlens_k, self.q_len, kv_len, window)
         mask: ColumnMask = self._cache[key]
         return mask
+
+
+def _capturing(t: Tensor) -> bool:
+    """A CUDA graph must make its mask itself: it is replayed with other lengths in the same tensors."""
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _check_keys(module: torch.nn.Module, key: Tensor, expected: int) -> None:
@@ -162,7 +210,7 @@ def paged_mask(
 
 
 def install(mask_function: Any) -> None:
-    """Let continuous batching run "flashmask" as it is and without a dense mask. Idempotent.
+    """Let continuous batching run "flashmask" as it is, without a dense mask, and with block tables. Idempotent.
 
     Steps go to every name that ``mask_function`` is registered under. CUDA graphs and asynchronous batches stay as for
     sdpa: only if they are asked for.
@@ -173,6 +221,12 @@ def install(mask_function: Any) -> None:
         stock = module.is_flash_attention_requested
         if not hasattr(stock, "_hf_flashmask"):
             setattr(module, "is_flash_attention_requested", _counts_as_flash(stock))  # noqa: B010  (for mypy)
+    if _MODELS_UPDATE:
+        from transformers.generation.continuous_batching import initialization
+
+        available = initialization.ensure_decode_fast_path_is_available
+        if not hasattr(available, "_hf_flashmask"):
+            initialization.ensure_decode_fast_path_is_available = _with_block_tables(available)
     ios = input_outputs.ContinuousBatchingIOs
     if not hasattr(ios.get_model_kwargs, "_hf_flashmask"):
         ios.get_model_kwargs = _with_step(ios.get_model_kwargs, mask_function)  # type: ignore[method-assign]
@@ -190,6 +244,24 @@ def _counts_as_flash(stock: Any) -> Any:
 
     is_flash_attention_requested._hf_flashmask = True  # type: ignore[attr-defined]
     return is_flash_attention_requested
+
+
+def _with_block_tables(stock: Any) -> Any:
+    @functools.wraps(stock)
+    def ensure_decode_fast_path_is_available(config: Any, cb_config: Any, user_requested: bool) -> None:
+        from transformers.generation.continuous_batching import initialization
+
+        # On a CPU pages are gathered, the unused too: only if asked for.
+        if getattr(config, "_attn_implementation", None) in (NAME, PAGED_NAME) and (
+            user_requested or torch.cuda.is_available()
+        ):
+            allocators = initialization.ATTN_TYPE_TO_ALLOCATOR
+            if all(allocators[kind].supports_block_table for kind in initialization.group_layers_by_attn_type(config)):
+                return
+        stock(config, cb_config, user_requested)
+
+    ensure_decode_fast_path_is_available._hf_flashmask = True  # type: ignore[attr-defined]
+    return ensure_decode_fast_path_is_available
 
 
 def _with_step(stock: Any, mask_function: Any) -> Any:

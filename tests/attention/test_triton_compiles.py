@@ -153,8 +153,8 @@ def test_fits_and_spills_little(name, capability, dtype, head_dim, mask, stack, 
         assert usage[1] <= stack, f"{usage[0]} registers, {usage[1]} bytes of stack"
 
 
-def decode_launches(monkeypatch, capability, dtype, head_dim, causal, vectors, q_len):
-    """(kernel, arguments) of both launches for few queries."""
+def decode_launches(monkeypatch, capability, dtype, head_dim, causal, vectors, q_len, paged=False):
+    """(kernel, arguments) of both launches for few queries; ``paged``, of keys that a block table leads to."""
     from hf_flashmask.attention.triton import decode_launch, launch
 
     seen = []
@@ -166,25 +166,30 @@ def decode_launches(monkeypatch, capability, dtype, head_dim, causal, vectors, q
     monkeypatch.setattr(launch, "_device", lambda device: (capability, ROOM[capability]))
     mask = ColumnMask(torch.zeros(2, 1, vectors, 4096, dtype=torch.int32), causal=causal, q_len=q_len)
     q, k, v = (torch.zeros(2, n, h, head_dim, dtype=dtype) for n, h in ((q_len, 8), (4096, 2), (4096, 2)))
-    decode_launch.forward(q, k, v, mask, 0.1, 30.0 if vectors == 4 else 0.0, torch.zeros(8))
+    table = None
+    if paged:
+        k, v = (t.view(32, 256, 2, head_dim) for t in (k, v))
+        table = torch.zeros(2, 16, dtype=torch.int32)
+    decode_launch.forward(q, k, v, mask, 0.1, 30.0 if vectors == 4 else 0.0, torch.zeros(8), table)
     return seen
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "head_dim", "mask", "q_len", "stack"),
+    ("capability", "dtype", "head_dim", "mask", "q_len", "paged", "stack"),
     [
-        ((9, 0), torch.bfloat16, 128, "causal", 1, 64),
-        ((8, 0), torch.bfloat16, 128, "4 bounds", 8, 160),
-        ((8, 6), torch.bfloat16, 256, "causal", 1, 64),
-        ((8, 9), torch.float32, 64, "4 bounds", 4, 160),
-        ((10, 0), torch.bfloat16, 128, "causal", 16, 256),
-        ((12, 0), torch.float16, 128, "4 bounds", 1, 64),
+        ((9, 0), torch.bfloat16, 128, "causal", 1, False, 64),
+        ((9, 0), torch.bfloat16, 128, "causal", 1, True, 64),
+        ((8, 0), torch.bfloat16, 128, "4 bounds", 8, False, 160),
+        ((8, 6), torch.bfloat16, 256, "causal", 1, True, 64),
+        ((8, 9), torch.float32, 64, "4 bounds", 4, False, 160),
+        ((10, 0), torch.bfloat16, 128, "causal", 16, False, 256),
+        ((12, 0), torch.float16, 128, "4 bounds", 1, False, 64),
     ],
     ids=lambda value: f"sm_{value[0]}{value[1]}" if isinstance(value, tuple) else str(value).removeprefix("torch."),
 )
-def test_decode(capability, dtype, head_dim, mask, q_len, stack, monkeypatch, tmp_path, record_property):
+def test_decode(capability, dtype, head_dim, mask, q_len, paged, stack, monkeypatch, tmp_path, record_property):
     (decode, arguments), (combine, others) = decode_launches(
-        monkeypatch, capability, dtype, head_dim, *MASKS[mask], q_len
+        monkeypatch, capability, dtype, head_dim, *MASKS[mask], q_len, paged
     )
     result = compiled(decode, arguments, capability)
     assert "trap;" not in result.asm["ptx"]

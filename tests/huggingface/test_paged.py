@@ -73,6 +73,25 @@ def test_requests_are_answered_as_if_alone(model_type, changes, monkeypatch):
     assert len({id(mask) for mask in masks}) * 2 == len(masks) * kinds
 
 
+@pytest.mark.skipif(not _MODELS_UPDATE, reason="block tables are followed from Transformers 5.24 on")
+@pytest.mark.parametrize(
+    ("model_type", "changes"), [("llama", {}), ("gpt_oss", {"layer_types": ["full_attention"] * 2})]
+)
+def test_block_tables_answer_as_if_alone(model_type, changes, monkeypatch):
+    """Steps with tables and without: with prompts in them, or requests longer than the tables hold."""
+    seen = []
+    attend = PagedStep.attend
+    monkeypatch.setattr(
+        PagedStep, "attend", lambda self, *args, **given: seen.append(attend(self, *args, **given)) or seen[-1]
+    )
+    model = tiny(model_type, "flashmask", num_hidden_layers=2, **changes)
+    expected = alone(tiny(model_type, "eager", num_hidden_layers=2, **changes))
+    assert in_batches(model, max_blocks_per_request=5) == expected
+    shapes = [out.shape[1] for out in seen if out is not None]
+    assert max(shapes, default=0) > 1
+    assert len(shapes) < len(seen)
+
+
 def test_stays_itself_and_gets_no_dense_mask(monkeypatch):
     for name in ("is_flash_attn_2_available", "is_flash_attn_3_available"):
         monkeypatch.setattr(continuous_api, name, lambda **_: True)
@@ -126,8 +145,9 @@ def step(**changes):
 
 
 def test_what_it_does_not_know_is_refused():
-    with pytest.raises(NotImplementedError, match="no block tables; set max_blocks_per_request=0"):
-        step(block_table=torch.zeros(1, 1, 1))
+    if not _MODELS_UPDATE:
+        with pytest.raises(NotImplementedError, match="set max_blocks_per_request=0"):
+            step(block_table=torch.zeros(1, 1, 1))
 
     layer = tiny("llama", "flashmask", num_hidden_layers=1).model.layers[0].self_attn
     attend = AttentionInterface()["flashmask"]

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .primitives import LENGTHS, LN2, LOG2E, LOWEST, load_tile, seen, tanh
 
-DECODE_LENGTHS = (*LENGTHS, "splits", "chunks", "bounds_sb", "bounds_sh", "bounds_sg", "bounds_sc")
+DECODE_LENGTHS = (*LENGTHS, "splits", "chunks", "bounds_sb", "bounds_sh", "bounds_sg", "bounds_sc", "table_sb", "page")
 
 
 @triton.jit
@@ -93,20 +93,21 @@ def _scan(
 
 @triton.jit(do_not_specialize=DECODE_LENGTHS)
 def decode_kernel(
-    q, k, v, bounds, partial, partial_lse,
-    q_sb, q_sh, q_ss, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, bounds_sb, bounds_sh, bounds_sg, bounds_sc,
+    q, k, v, bounds, block_table, partial, partial_lse,
+    q_sb, q_sh, q_ss, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, bounds_sb, bounds_sh, bounds_sg, bounds_sc, table_sb, page,
     q_len, kv_len, heads, group, mask_heads, splits, chunks, row_tiles, qk_scale, cap_scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
     CAUSAL: tl.constexpr, NUM_BOUNDS: tl.constexpr, MASK_PER_ROW: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PAGED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One split's share of BLOCK_M rows of one key head: ``partial [B, Hkv, Sq * group, splits, Dv]``, float32, and the
     base-2 logarithm of its weight; -inf for rows that see nothing of it, whose partial is anything.
 
     ``heads`` are key heads, ``group`` the query heads of each; row r is query ``r // group`` of head ``r % group``.
     ``mask_heads`` is how many masks a group has: 1, or with MASK_PER_ROW ``group``. Scores times ``qk_scale`` are in
-    powers of two; with SOFTCAP they are first ``tanh(scores * cap_scale)``.
+    powers of two; with SOFTCAP they are first ``tanh(scores * cap_scale)``. With PAGED, k and v are pages of ``page``
+    keys, a multiple of BLOCK_N, and row b of ``block_table`` names those of batch row b in order.
     """
     pid = tl.program_id(0)
     tile = pid % row_tiles
@@ -142,7 +143,12 @@ def decode_kernel(
             visit = visit ^ bit
             number = (bit.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127  # the exponent of a power of two
             n0 = (first + number * splits) * BLOCK_N
-            k_tile = load_tile(k, b, h, n0, k_sb, k_sh, k_ss, end, HEAD_DIM, BLOCK_N, BLOCK_D, False)
+            kb, key, key_end = b, n0, end
+            if PAGED:
+                kb = tl.load(block_table + b.to(tl.int64) * table_sb + n0 // page)
+                key = n0 % page
+                key_end = end - n0 + key
+            k_tile = load_tile(k, kb, h, key, k_sb, k_sh, k_ss, key_end, HEAD_DIM, BLOCK_N, BLOCK_D, False)
             s = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             if SOFTCAP:
                 s = tanh(s * cap_scale)
@@ -164,7 +170,7 @@ def decode_kernel(
             weights = weights * alpha + p
             acc = acc * alpha
             m_i = m_new
-            v_tile = load_tile(v, b, h, n0, v_sb, v_sh, v_ss, end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, False)
+            v_tile = load_tile(v, kb, h, key, v_sb, v_sh, v_ss, key_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, False)
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_DV]
 
     l_i = tl.sum(weights, 1)

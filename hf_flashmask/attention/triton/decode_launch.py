@@ -31,18 +31,20 @@ _COMBINED = (8, 64)
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: ColumnMask, softmax_scale: float, softcap: float, sinks: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, mask: ColumnMask, softmax_scale: float, softcap: float, sinks: Tensor | None,
+    block_table: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q ``[B, Sq, Hq, D]`` of up to 16 rows, k and v of any strides, to out ``[B, Sq, Hq, Dv]`` and lse.
 
     What the bounds hide from all rows is not read: keys behind the last visible one, and whole blocks of keys before.
+    With a ``block_table``, int32 ``[B, W]``, k and v are pages ``[P, page, Hkv, D]``, of ``PAGE`` keys or a multiple.
     """
     q, softmax_scale = positive_scale(q, softmax_scale)
     out = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
 
     def run(config: Config) -> None:
-        _launch(config, q, k, v, mask, softmax_scale, softcap, sinks, out, lse)
+        _launch(config, q, k, v, mask, softmax_scale, softcap, sinks, block_table, out, lse)
 
     rows = q.shape[1] * (q.shape[2] // k.shape[2])
     with_room("decode" if rows <= 16 else "draft", q.shape[3], v.shape[3], q.dtype, q.device, run)
@@ -87,10 +89,12 @@ def _launch(
     softmax_scale: float,
     softcap: float,
     sinks: Tensor | None,
+    block_table: Tensor | None,
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    (batch, q_len, heads_q, head_dim), (_, kv_len, heads, head_dim_v) = q.shape, v.shape
+    (batch, q_len, heads_q, head_dim), (_, page, heads, head_dim_v) = q.shape, v.shape
+    kv_len = mask.kv_len
     group = heads_q // heads
     rows = q_len * group
     work = divide(batch * heads, rows, kv_len, config, q.device)
@@ -101,17 +105,18 @@ def _launch(
     per_row = masks_h > heads
     strides = [t.stride(d) if t.shape[d] > 1 else 0 for t in (q, k, v) for d in (0, 2, 1)]
     arguments = (
-        q, k, v, bounds, partial, partial_lse, *strides,
+        q, k, v, bounds, bounds if block_table is None else block_table, partial, partial_lse, *strides,
         bounds.stride(0) if masks_b > 1 else 0,
         bounds.stride(1) * (group if per_row else 1) if masks_h > 1 else 0,
         bounds.stride(1) if per_row else 0,
         bounds.stride(2),
+        0 if block_table is None else block_table.stride(0), page,
         q_len, kv_len, heads, group, group if per_row else 1, work.splits, work.chunks, work.row_tiles,
         (softcap or softmax_scale) * LOG2E, softmax_scale / softcap if softcap else 0.0,
     )  # fmt: skip
     constants = (
         head_dim, head_dim_v, padded(head_dim), padded(head_dim_v), work.block_m, config.block_n, BLOCKS,
-        mask.causal, vectors, per_row, bool(softcap), precision(q.dtype), config.num_stages,
+        mask.causal, vectors, per_row, bool(softcap), block_table is not None, precision(q.dtype), config.num_stages,
     )  # fmt: skip
     options: dict[str, Any] = {
         "num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True
@@ -119,6 +124,7 @@ def _launch(
     # What Triton would specialize on, other than types: with all of it the same, so is the kernel.
     alike = all(s % 16 == 0 and s < 2**31 for s in strides) and bounds.numel() < 2**31
     alike = alike and all(t.data_ptr() % 16 == 0 for t in (q, k, v, bounds))
+    alike = alike and (block_table is None or block_table.data_ptr() % 16 == 0)
     key = (q.device.index, q.dtype, constants, config) if alike else None
     with torch.cuda.device_of(q):  # Triton launches on the current device
         _run(decode_kernel, batch * heads * work.row_tiles * work.splits, key, arguments, constants, options)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_flashmask import ColumnMask, flashmask_attention, masks
+from hf_flashmask.attention import paged
 from hf_flashmask.attention.triton import decode_launch
 from tests.attention.triton_checks import KINDS, compare
 from tests.helpers import random_mask
@@ -91,6 +92,28 @@ def test_what_is_hidden_is_not_read(q_len):
     expected = attend(q, k[:, first:last], v[:, first:last], masks.full(last - first, q_len=q_len))
     torch.testing.assert_close(out, expected[0])
     torch.testing.assert_close(lse, expected[1])
+
+
+@pytest.mark.parametrize(("causal", "vectors"), KINDS)
+@pytest.mark.parametrize("page", [16, 48, 10])  # the last is no multiple of a block: pages are gathered
+def test_pages_are_followed(page, causal, vectors, monkeypatch):
+    """Rows of different lengths; pages in any order, some shared, unused entries and pages never read."""
+    monkeypatch.setattr(paged, "PAGE", 16)
+    width, q_len, lengths = 4, 3, torch.tensor([4 * page - 5, 1, 2 * page])
+    table = torch.full((3, width), -1, dtype=torch.int32)
+    table[0], table[1, 0], table[2, :2] = torch.tensor([7, 2, 9, 4]), 5, torch.tensor([7, 0])
+    pages = torch.randn(2, 11, page, 2, 24)
+    j = torch.arange(width * page)
+    own = ColumnMask(((j < lengths[:, None]) * q_len).int()[:, None, None], causal=True, q_len=q_len)
+    mask = own & random_mask(q_len, width * page, causal=causal, vectors=vectors)
+    q, sinks = torch.randn(3, q_len, 4, 24), torch.randn(4)
+    k, v = (t[table.clamp(min=0)].flatten(1, 2) for t in pages)
+    expected = flashmask_attention(q, k, v, mask, sinks=sinks, softcap=5.0, backend="reference")
+    if page % 16 == 0:
+        pages[:, [1, 3, 6, 8, 10]] = torch.nan
+        pages[:, 5, 1:], pages[:, 4, -5:] = torch.nan, torch.nan
+    out = paged.paged_attention(q, *pages, table, mask, sinks=sinks, softcap=5.0, backend="triton")
+    torch.testing.assert_close(out, expected)
 
 
 def test_static_caches_are_not_copied(monkeypatch):
