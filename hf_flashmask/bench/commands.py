@@ -131,7 +131,10 @@ def _add_serving(bench: Any) -> None:
     serving.add_argument("--requests", type=positive, default=64, help="prompts (%(default)s)")
     serving.add_argument("--new-tokens", type=positive, default=128, help="generated for each (%(default)s)")
     serving.add_argument("--step-tokens", type=positive, default=4096, help="most of a step (%(default)s)")
-    serving.add_argument("--cuda-graphs", action="store_true", help="capture and replay steps")
+    serving.add_argument(
+        "--cuda-graphs", choices=("none", "decode", "all"), default="none",
+        help="steps that are captured and replayed; decoding ones are known by their block tables (%(default)s)",
+    )  # fmt: skip
     serving.add_argument("--runs", type=positive, default=3, help="timed runs a method (%(default)s)")
     serving.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(%(default)s)")
     serving.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(%(default)s)")

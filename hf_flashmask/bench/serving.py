@@ -47,7 +47,7 @@ class Setup:
     requests: int = 64
     new_tokens: int = 128
     step_tokens: int = 4096  # most new tokens of a step
-    cuda_graphs: bool = False
+    cuda_graphs: str = "none"  # or "decode" or "all" steps
     runs: int = 3
     device: str = "cuda"
     dtype: str = "bfloat16"
@@ -128,7 +128,7 @@ def _measure(setup: Setup, model: Any, ids: list[list[int]], entry: _Entry, *, w
     pages = sum(-(-(len(prompt) + setup.new_tokens) // PAGE) for prompt in ids)
     batching = ContinuousBatchingConfig(
         page_size=PAGE, num_blocks=pages, max_batch_tokens=setup.step_tokens, auto_switch_to_flash=False,
-        use_cuda_graph=setup.cuda_graphs,
+        use_cuda_graph=(setup.cuda_graphs == "all", setup.cuda_graphs != "none"),  # with prompts, decoding
     )  # fmt: skip
     greedy = GenerationConfig(max_new_tokens=setup.new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
     try:
