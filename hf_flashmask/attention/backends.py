@@ -150,7 +150,12 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 
 
 def _name(q: Tensor) -> str:
-    return torch.cuda.get_device_name(q.device) if q.device.type == "cuda" else q.device.type
+    return _device_name(q.device) if q.device.type == "cuda" else q.device.type
+
+
+@functools.cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
 
 
 @functools.cache

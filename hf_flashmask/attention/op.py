@@ -27,6 +27,9 @@ _MODULES = {
 }
 
 
+# (q, k, v, sinks) to out; None if it cannot.
+Repeat = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor | None]
+
 _library = torch.library.Library("hf_flashmask", "DEF")
 
 
@@ -52,6 +55,41 @@ def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+def attention_now(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: ColumnMask,
+    softmax_scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Repeat | None]:
+    """``attention`` without the dispatcher, which takes the host as long as a short cache takes the device.
+
+    Only where ``nothing_watches``. Also returns what repeats the call, where it is for few queries.
+    """
+    module = _module(chosen := choose(backend, q, k, v))
+    with _without_autocast(q.device):
+        if chosen == "triton" and q.shape[1] <= module.MAX_Q_LEN:
+            out, lse, plan = module.start_few(q, k, v, mask, softmax_scale, softcap, sinks)
+            return out, lse, None if plan is None else plan.again
+        return *module.forward(q, k, v, mask, softmax_scale, softcap, sinks), None
+
+
+def nothing_watches(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> bool:
+    """Whether calling the operator could do no more than run it: no gradient, no tracing, no mode, no transform."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and type(q) is type(k) is type(v) is Tensor
+        and (sinks is None or type(sinks) in (Tensor, torch.nn.Parameter))
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.maybe_current_level() is None
+        and torch._C._get_tracing_state() is None
+    )
 
 
 @_operator

@@ -63,7 +63,9 @@ def problem(case: str, batch: int, kv_len: int, heads: int, kv_heads: int, head_
     if case == "tree":
         bounds = torch.full((1, 1, 1, kv_len), q_len, dtype=torch.int32)
         bounds[..., -q_len:] = torch.tensor(TREE, dtype=torch.int32)
-        return Problem(q, k, v, ColumnMask(bounds.to(device), causal=True, q_len=q_len), batch * kv_len)
+        mask = ColumnMask(bounds.to(device), causal=True, q_len=q_len)
+        mask.full_prefix = kv_len - q_len  # all drafts hang behind what is in the cache
+        return Problem(q, k, v, mask, batch * kv_len)
     if case == "decode":
         return Problem(q, k, v, causal(kv_len, q_len=1, device=device), batch * kv_len)
     key = torch.arange(kv_len)

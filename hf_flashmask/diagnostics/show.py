@@ -106,7 +106,7 @@ def _recorded() -> Iterator[list[tuple[Any, ColumnMask]]]:
 
     seen: list[tuple[Any, ColumnMask]] = []
     modules: list[Any] = []
-    serve, compute = attention.flashmask_attention_forward, attention.flashmask_attention
+    serve, compute = attention.flashmask_attention_forward, attention.attention_of_heads
 
     def note_module(module: Any, *args: Any, **kwargs: Any) -> Any:
         modules.append(module)
@@ -117,12 +117,12 @@ def _recorded() -> Iterator[list[tuple[Any, ColumnMask]]]:
         return compute(q, k, v, mask, **options)
 
     AttentionInterface.register(NAME, note_module)
-    attention.flashmask_attention = note_mask  # type: ignore[assignment]
+    attention.attention_of_heads = note_mask  # type: ignore[assignment]
     try:
         yield seen
     finally:
         AttentionInterface.register(NAME, serve)
-        attention.flashmask_attention = compute
+        attention.attention_of_heads = compute
 
 
 def _grouped(seen: Sequence[tuple[str, ColumnMask]]) -> dict[str, ColumnMask]:

@@ -11,7 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.utils import logging
 
 from hf_flashmask import masks
-from hf_flashmask.attention import flashmask_attention
+from hf_flashmask.attention.api import attention_of_heads
 from hf_flashmask.masks import ColumnMask
 
 from .packing import BuiltMask, split_documents
@@ -131,20 +131,22 @@ def flashmask_attention_forward(
             f"{where}: cu_seq_lens_k by layer type is continuous batching's, but its mask did not reach attention; "
             "use attn_implementation='sdpa' for this model"
         )
-    if _attends_elsewhere(module, is_causal):
-        position_ids = seq_idx = None
-    mask = split_documents(mask, position_ids, cu_seq_lens_q, cu_seq_lens_k, seq_idx).to(query.device)
-    tensors = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    if cu_seq_lens_q is not None or mask.q_len == mask.kv_len:  # only then are there documents to tell apart
+        if _attends_elsewhere(module, is_causal):
+            position_ids = seq_idx = None
+        mask = split_documents(mask, position_ids, cu_seq_lens_q, cu_seq_lens_k, seq_idx)
+    mask = mask if mask.device == query.device else mask.to(query.device)
     if s_aux is not None and s_aux.shape[0] != query.shape[1] and masks_are_dropped():
         options["sinks"] = own_sinks(s_aux, query.shape[1])
     if isinstance(mask, WindowedTree):
+        tensors = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
         return mask.attend(*tensors, **options), None
     if isinstance(mask, TreeMask) and sliding_window is not None and sliding_window < mask.row_len:
         raise NotImplementedError(
             f"{where}: sliding_window={sliding_window} reached attention but not the mask, so merged rows would lose "
             "it; run this model without share_prompts"
         )
-    return flashmask_attention(*tensors, mask, **options), None
+    return attention_of_heads(query, key, value, mask, **options), None
 
 
 def _layer_type(module: torch.nn.Module) -> str | None:
@@ -196,11 +198,11 @@ def _given_mask(
     sliding_window: int | None,
 ) -> ColumnMask:
     """The attention_mask that a layer was given, as a ColumnMask."""
+    if isinstance(attention_mask, ColumnMask):
+        return attention_mask
     q_len, kv_len = query.shape[2], key.shape[2]
     if attention_mask is None:
         return _without_mask(module, q_len, kv_len, is_causal, sliding_window, query.device)
-    if isinstance(attention_mask, ColumnMask):
-        return attention_mask
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
         # A mask of keys only, [B, 1, 1, Sk], is for every query.
         return _from_dense(attention_mask.expand(-1, -1, q_len, -1) if attention_mask.shape[2] == 1 else attention_mask)

@@ -8,6 +8,7 @@ interval per key, exactly, in O(N), without reading a value back from the device
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from types import CodeType
 from typing import Any, NamedTuple
@@ -36,10 +37,13 @@ _FAR = 1 << 40
 
 
 class Rows(NamedTuple):
-    """Absolute query positions ``[first, end)`` that see each key: int64, broadcastable to ``[B, Sk]``."""
+    """Absolute query positions ``[first, end)`` that see each key: int64, broadcastable to ``[B, Sk]``.
 
-    first: Tensor
-    end: Tensor
+    The numbers -_FAR and _FAR stand for themselves at every key: generation makes a mask a step, so operations count.
+    """
+
+    first: Tensor | int
+    end: Tensor | int
 
 
 class _Keys(NamedTuple):
@@ -96,7 +100,20 @@ def flashmask_mask(
     if position_ids is not None and isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length:
         kept = None if attention_mask is None else attention_mask[:, :q_length].to(torch.bool)
         documents = documents_from_position_ids(position_ids.to(device), q_length, kept)
-    keys = _Keys(torch.arange(kv_length, device=device) + kv_offset, None if documents is None else documents.start)
+    kept = None
+    if attention_mask is not None:
+        # A static cache is longer than the tokens seen so far: what the mask does not reach is not there yet.
+        missing = max(0, kv_offset + kv_length - attention_mask.shape[1])
+        kept = attention_mask.to(device=device, dtype=torch.bool)
+        kept = torch.nn.functional.pad(kept, (0, missing)) if missing else kept
+        kept = kept[:, kv_offset : kv_offset + kv_length]
+    seen_by_all = _seen_by_all(mask_function, q_offset, q_length, kv_offset, kv_length) if documents is None else 0
+    if q_length == 1 and seen_by_all == kv_length:
+        alone = _of_one_row(torch.ones(kv_length, dtype=torch.int32, device=device) if kept is None else kept)
+        alone.full_prefix = kv_length if kept is None else 0
+        return alone
+    at = torch.arange(kv_length, device=device)
+    keys = _Keys(at if _is(kv_offset, 0) else at + kv_offset, None if documents is None else documents.start)
     rows = _rows(mask_function, keys)
     if rows is None:
         if torch.compiler.is_compiling():
@@ -108,19 +125,56 @@ def flashmask_mask(
             mask_function, batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, use_vmap, device
         )
         return BuiltMask.of(mask if documents is None else mask & documents.mask(), documents is not None)
-    if attention_mask is not None:
-        # A static cache is longer than the tokens seen so far: what the mask does not reach is not there yet.
-        missing = max(0, kv_offset + kv_length - attention_mask.shape[1])
-        kept = torch.nn.functional.pad(attention_mask.to(device=device, dtype=torch.bool), (0, missing))
-        rows = _keep(rows, kept[:, kv_offset : kv_offset + kv_length])
     if documents is not None:
-        rows = Rows(torch.maximum(rows.first, documents.start), torch.minimum(rows.end, documents.end))
-    lts = (rows.end - q_offset).clamp(0, q_length)
-    ute = (rows.first - q_offset).clamp(0, q_length)
+        rows = Rows(_largest(rows.first, documents.start), _smallest(rows.end, documents.end))
+    if q_length == 1:
+        return _of_one_row(_seen_by(q_offset, rows, keys, kept), documents is not None)
+    rows = rows if kept is None else _keep(rows, kept)
+    lts, ute = (
+        (t - q_offset).clamp(0, q_length) if isinstance(t, Tensor) else torch.full_like(keys.position, every)
+        for t, every in ((rows.end, q_length), (rows.first, 0))
+    )
     lts, ute = torch.broadcast_tensors(lts, ute)
     bounds = torch.stack((lts, ute), -2).to(torch.int32)  # [2, Sk] or [B, 2, Sk]
     bounds = bounds.view(-1, 1, 2, kv_length)
-    return BuiltMask(bounds, causal=False, q_len=q_length, documents_known=documents is not None)
+    built = BuiltMask(bounds, causal=False, q_len=q_length, documents_known=documents is not None)
+    built.full_prefix = seen_by_all if kept is None else 0
+    return built
+
+
+def _is(number: int | Tensor, value: int) -> bool:
+    return isinstance(number, int) and number == value
+
+
+def _of_one_row(seen: Tensor, documents_known: bool = False) -> BuiltMask:
+    """From the keys ``[Sk]`` or ``[B, Sk]`` that one query sees. Its triangle hides nothing, so one bound says all."""
+    bounds = seen.to(torch.int32).view(-1, 1, 1, seen.shape[-1])
+    return BuiltMask(bounds, causal=True, q_len=1, documents_known=documents_known)
+
+
+def _seen_by_all(
+    function: Callable[..., Any], q_offset: int | Tensor, q_length: int, kv_offset: int, kv_length: int
+) -> int:
+    """How many of the first keys all queries see, where causality and windows alone tell, as in a growing cache."""
+    if not isinstance(q_offset, int):
+        return 0
+    for part in _parts((function,)):
+        code = getattr(part, "__code__", None)
+        if code is closures.WINDOW and q_offset + q_length <= kv_offset + cells(part)["sliding_window"]:
+            continue
+        if code is not closures.CAUSAL:
+            return 0
+    return max(0, min(kv_length, q_offset + 1 - kv_offset))
+
+
+def _seen_by(position: int | Tensor, rows: Rows, keys: _Keys, kept: Tensor | None) -> Tensor:
+    """bool ``[Sk]`` or ``[B, Sk]``: the keys that the query at a position sees."""
+    seen = [] if kept is None else [kept]
+    if isinstance(rows.first, Tensor):
+        seen.append(rows.first <= position)
+    if isinstance(rows.end, Tensor):
+        seen.append(rows.end > position)
+    return functools.reduce(torch.bitwise_and, seen) if seen else torch.ones_like(keys.position, dtype=torch.bool)
 
 
 # ---- the tree --------------------------------------------------------------------------------------------------
@@ -131,9 +185,9 @@ def _rows(function: Callable[..., Any], keys: _Keys) -> Rows | None:
     code = getattr(function, "__code__", None)
     j = keys.position
     if code is closures.CAUSAL:
-        return Rows(j, torch.full_like(j, _FAR))
+        return Rows(j, _FAR)
     if code is closures.BIDIRECTIONAL:
-        return Rows(torch.full_like(j, -_FAR), torch.full_like(j, _FAR))
+        return Rows(-_FAR, _FAR)
     if code is None:
         return None
     if code is closures.AND:
@@ -141,7 +195,7 @@ def _rows(function: Callable[..., Any], keys: _Keys) -> Rows | None:
     if code is closures.OR:
         parts = [_rows(part, keys) for part in cells(function)["mask_functions"]]
         known = [part for part in parts if part is not None]
-        return None if len(known) < len(parts) else Rows(*_reduce(known, torch.minimum, torch.maximum))
+        return None if len(known) < len(parts) else Rows(*_reduce(known, _smallest, _largest))
     for leaf, rule in _LEAVES:
         if code is leaf:
             return rule(cells(function), keys)
@@ -194,14 +248,34 @@ def _intersection(functions: tuple[Callable[..., Any], ...], keys: _Keys) -> Row
         if part is None:
             return None
         parts.append(part)
-    return Rows(*_reduce(parts, torch.maximum, torch.minimum))
+    return Rows(*_reduce(parts, _largest, _smallest))
 
 
-def _reduce(parts: list[Rows], first: Callable[..., Tensor], end: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+_Limit = Tensor | int  # of Rows
+
+
+def _reduce(
+    parts: list[Rows], first: Callable[[_Limit, _Limit], _Limit], end: Callable[[_Limit, _Limit], _Limit]
+) -> tuple[_Limit, _Limit]:
     a, b = parts[0]
     for part in parts[1:]:
         a, b = first(a, part.first), end(b, part.end)
     return a, b
+
+
+def _largest(a: _Limit, b: _Limit) -> _Limit:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.maximum(a, b)
+    # A number is beyond all positions, on the one side or the other.
+    number, other = (b, a) if isinstance(a, Tensor) else (a, b)
+    return number if number == _FAR else other
+
+
+def _smallest(a: _Limit, b: _Limit) -> _Limit:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.minimum(a, b)
+    number, other = (b, a) if isinstance(a, Tensor) else (a, b)
+    return number if number == -_FAR else other
 
 
 def _keep(rows: Rows, kept: Tensor) -> Rows:
@@ -209,7 +283,7 @@ def _keep(rows: Rows, kept: Tensor) -> Rows:
 
 
 def _window(held: dict[str, Any], keys: _Keys) -> Rows:
-    return Rows(torch.full_like(keys.position, -_FAR), keys.position + held["sliding_window"])
+    return Rows(-_FAR, keys.position + held["sliding_window"])
 
 
 def _window_both_ways(held: dict[str, Any], keys: _Keys) -> Rows:
@@ -255,8 +329,7 @@ def _blockwise(held: dict[str, Any], keys: _Keys) -> Rows | None:
 
 def _padding(held: dict[str, Any], keys: _Keys) -> Rows:
     kept = held["padding_mask"].to(keys.position.device, torch.bool)[:, keys.position]
-    everywhere = torch.full_like(keys.position, _FAR)
-    return _keep(Rows(-everywhere, everywhere), kept)
+    return _keep(Rows(-_FAR, _FAR), kept)
 
 
 # Pairs, not a dict: torch.compile cannot guard a dict with code objects for keys.

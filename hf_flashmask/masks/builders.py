@@ -127,13 +127,17 @@ def full(seq_len: int, *, q_len: int | None = None, device: Device = None) -> Co
     """Everything is visible."""
     n, q_len = _positive("seq_len", seq_len), _positive("q_len", seq_len if q_len is None else q_len)
     zero = torch.zeros(n, dtype=torch.int64, device=device)
-    return _mask(False, zero + q_len, zero, q_len=q_len)
+    mask = _mask(False, zero + q_len, zero, q_len=q_len)
+    mask.full_prefix = n
+    return mask
 
 
 def causal(seq_len: int, *, q_len: int | None = None, device: Device = None) -> ColumnMask:
     """``j <= i + (Sk - Sq)``."""
     n, q_len = _positive("seq_len", seq_len), _positive("q_len", seq_len if q_len is None else q_len)
-    return _mask(True, torch.full((n,), q_len, device=device), q_len=q_len)
+    mask = _mask(True, torch.full((n,), q_len, device=device), q_len=q_len)
+    mask.full_prefix = max(0, n - q_len + 1)
+    return mask
 
 
 def sliding_window(

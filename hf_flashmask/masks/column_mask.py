@@ -45,7 +45,12 @@ class ColumnMask:
         TypeError, ValueError: ``bounds`` or ``q_len`` is not as described.
     """
 
-    __slots__ = ("__weakref__", "_bounds", "_cache", "_causal", "_q_len")
+    __slots__ = ("__weakref__", "_bounds", "_cache", "_causal", "_q_len", "full_prefix")
+
+    full_prefix: int
+    """So many of the first columns are known, without a look at the bounds, to be visible to every row. What makes a
+    mask may set it, and knows it to be so; whatever is derived from a mask starts at 0, nothing known, again.
+    """
 
     def __init__(self, bounds: Tensor, *, causal: bool, q_len: int | None = None) -> None:
         if not isinstance(bounds, Tensor):
@@ -67,6 +72,7 @@ class ColumnMask:
         self._causal = bool(causal)
         self._q_len = q_len
         self._cache: dict[Any, Any] = {}
+        self.full_prefix = 0
 
     # ---- making one --------------------------------------------------------------------------------------------
 
@@ -167,6 +173,7 @@ class ColumnMask:
             # Outside inference mode: a later training step may use what an evaluation step moved.
             with torch.inference_mode(False):
                 self._cache[key] = self._moved(self._bounds.to(device, non_blocking=non_blocking))
+                self._cache[key].full_prefix = self.full_prefix
         moved: ColumnMask = self._cache[key]
         return moved
 

@@ -99,6 +99,27 @@ def test_a_graph_holds_for_other_bounds_and_the_tail_is_never_read():
             assert (out == 0).all()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kv_len", [100, 5000])  # one split, many
+def test_layers_alike_are_launched_alike(kv_len):
+    """A call like the one before it skips all checks; other addresses, sinks and an odd one must not be mixed up."""
+    mask = masks.causal(kv_len, q_len=2, device="cuda")
+    layers = []
+    for layer in range(4):
+        q = torch.randn(3, 2, 32, 128, dtype=BF16, device="cuda")
+        k, v = cache(3, kv_len)
+        if layer == 2:  # not where Triton found the first, to 16 bytes
+            q = torch.randn(q.numel() + 1, dtype=BF16, device="cuda")[1:].view(q.shape)
+        layers.append((q, k, v, torch.randn(32, device="cuda")))
+    for with_sinks in (False, True):
+        for q, k, v, sinks in layers:
+            given = {"sinks": sinks if with_sinks else None}
+            out = flashmask_attention(q, k, v, mask, backend="triton", **given)
+            doubles = [t.double() for t in (q, k, v)]
+            assert row_error(out, flashmask_attention(*doubles, mask, backend="reference", **given)) <= 1e-2
+            assert mask._cache["repeat"][0][0] == q.shape
+
+
 def test_lengths_batches_and_heads_compile_nothing_new():
     from hf_flashmask.attention.triton import decode_launch
 
@@ -110,8 +131,8 @@ def test_lengths_batches_and_heads_compile_nothing_new():
         mask = masks.causal(kv_len, q_len=q_len, device="cuda")
         attend(torch.randn(batch, q_len, heads, 128, dtype=BF16, device="cuda"), *cache(batch, kv_len, kv_heads), mask)
 
-    run(200)  # few splits
-    run(70000)
+    for kv_len in (20, 200, 70000):  # one split, few, many
+        run(kv_len)
     before = compiled()
     assert decode_launch._compiled  # launched by key from the second time on
     for kv_len in (1, 16, 17, 1000, 1024, 50000):

@@ -7,6 +7,8 @@ from torch import Tensor
 from hf_flashmask.masks import ColumnMask
 
 from . import decode_launch, launch
+from .decode_launch import MAX_Q_LEN
+from .decode_launch import start as start_few
 from .launch import backward, plan_bytes
 
 
@@ -17,8 +19,8 @@ def forward(
 
     Up to 16 queries, as in generation, go to the decode kernels, which split the keys; more to the forward kernel.
     """
-    chosen = decode_launch if q.shape[1] <= decode_launch.MAX_Q_LEN else launch
+    chosen = decode_launch if q.shape[1] <= MAX_Q_LEN else launch
     return chosen.forward(q, k, v, mask, softmax_scale, softcap, sinks)
 
 
-__all__ = ["backward", "forward", "plan_bytes"]
+__all__ = ["MAX_Q_LEN", "backward", "forward", "plan_bytes", "start_few"]

@@ -8,10 +8,18 @@ busy.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .primitives import LENGTHS, LN2, LOG2E, LOWEST, load_tile, seen, tanh
 
-DECODE_LENGTHS = (*LENGTHS, "splits", "chunks", "bounds_sb", "bounds_sh", "bounds_sg", "bounds_sc", "table_sb", "page")
+DECODE_LENGTHS = (
+    *LENGTHS, "full_prefix", "inverse_group", "parts", "splits", "bounds_sb", "bounds_sh", "bounds_sg", "bounds_sc",
+    "table_sb", "page",
+)  # fmt: skip
+# Rows are divided by the query heads of a key head by multiplying: r // group = r * ceil(2**bits / group) >> bits,
+# exactly for the up to 16 queries (r below 32 * group) of groups of up to MAX_GROUP.
+INVERSE_BITS = tl.constexpr(24)
+MAX_GROUP = 512
 
 
 @triton.jit
@@ -63,15 +71,23 @@ def _every(first, last, b0, b1, b2, b3, CAUSAL: tl.constexpr, NUM_BOUNDS: tl.con
 
 
 @triton.jit
-def _scan(
-    bounds, n, first_row, last_row, kv_len, stride, stride_g, mask_heads, diagonal,
-    BLOCKS: tl.constexpr, CAUSAL: tl.constexpr, NUM_BOUNDS: tl.constexpr,
-):  # fmt: skip
-    """Of the up to 8 blocks of columns n ([BLOCKS, BLOCK_N]): which some row sees and which all rows see whole, as
-    bits; how many some row sees; and where the last column ends that is seen.
+def _join(code, end, other_code, other_end):
+    return code | other_code, tl.maximum(end, other_end)
 
-    A program waits for this before it loads keys, so it is short: few instructions a column, few reductions.
+
+@triton.jit
+def _scan(
+    bounds, first, step, first_row, last_row, kv_len, stride, stride_g, mask_heads, diagonal,
+    BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, CAUSAL: tl.constexpr, NUM_BOUNDS: tl.constexpr,
+):  # fmt: skip
+    """Of every ``step``-th block of columns from ``first`` on, up to 16: which some row sees and which all rows see
+    whole, as bits; how many some row sees; and where the last column ends that is seen.
+
+    A program waits for this before it loads keys, and no other warp is there to fill the gaps: few instructions.
     """
+    at = tl.arange(0, BLOCKS * BLOCK_N)
+    block = at // BLOCK_N
+    n = (first + block * step) * BLOCK_N + at % BLOCK_N
     lo = tl.maximum(first_row, n - diagonal) if CAUSAL else first_row
     some = n < 0
     every = n < kv_len
@@ -82,45 +98,88 @@ def _scan(
     if CAUSAL:
         every = every & (lo <= first_row)
     some = some & (n < kv_len)
-    # Columns that some row sees, plus 65536 times those that not all do.
-    counts = tl.sum(tl.where(every, 1, tl.where(some, 65537, 65536)), 1)  # [BLOCKS]
-    bit = tl.full([BLOCKS], 1, tl.int32) << tl.arange(0, BLOCKS)
-    visit = tl.where((counts & 65535) > 0, bit + 65536, 0)
-    packed = tl.sum(visit + tl.where(counts < 65536, bit << 8, 0), 0)
-    end = tl.max(tl.where(some, n + 1, 0), None)
-    return packed & 255, (packed >> 8) & 255, packed >> 16, end
+    seen_bit = some.to(tl.int32) << block
+    part_bit = (~every).to(tl.int32) << block + 16
+    code, end = tl.reduce((seen_bit | part_bit, tl.where(some, n + 1, 0)), 0, _join)
+    visit = code & 0xFFFF
+    pairs = visit - (visit >> 1 & 0x5555)
+    fours = (pairs & 0x3333) + (pairs >> 2 & 0x3333)
+    eights = fours + (fours >> 4) & 0x0F0F
+    return visit, ~code >> 16 & 0xFFFF, eights + (eights >> 8) & 0x1F, end
+
+
+@triton.jit
+def _place(block_table, b, n0, end, table_sb, page, PAGED: tl.constexpr):
+    """Where column n0 lies, as (batch row or page, key of it), and where among its keys the columns end at ``end``."""
+    row = b
+    key = n0
+    if PAGED:
+        row = tl.load(block_table + b.to(tl.int64) * table_sb + n0 // page)
+        key = n0 % page
+        end = end - n0 + key
+    return row, key, end
+
+
+@triton.jit
+def _scores(
+    q_tile, k, b, h, n0, k_sb, k_sh, k_ss, end, cap_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    k_tile = load_tile(k, b, h, n0, k_sb, k_sh, k_ss, end, HEAD_DIM, BLOCK_N, BLOCK_D, False)
+    s = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    if SOFTCAP:
+        s = tanh(s * cap_scale)
+    return s
+
+
+@triton.jit
+def _accumulate(
+    s, m_i, weights, acc, qk_scale, v, b, h, n0, v_sb, v_sh, v_ss, end,
+    HEAD_DIM_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One more block's scores: (m_i, weights, acc)."""
+    m_new = tl.maximum(m_i, tl.max(s, 1))
+    p = tl.exp2(s * qk_scale - (m_new * qk_scale)[:, None])
+    alpha = tl.exp2((m_i - m_new) * qk_scale)[:, None]
+    # Summed up over columns at the end only: that is a wait of all warps.
+    weights = weights * alpha + p
+    acc = acc * alpha
+    v_tile = load_tile(v, b, h, n0, v_sb, v_sh, v_ss, end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, False)
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_DV]
+    return m_new, weights, acc
 
 
 @triton.jit(do_not_specialize=DECODE_LENGTHS)
 def decode_kernel(
-    q, k, v, bounds, block_table, partial, partial_lse,
+    q, k, v, bounds, block_table, partial, out, lse, sinks,
     q_sb, q_sh, q_ss, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, bounds_sb, bounds_sh, bounds_sg, bounds_sc, table_sb, page,
-    q_len, kv_len, heads, group, mask_heads, splits, chunks, row_tiles, qk_scale, cap_scale,
+    q_len, kv_len, full_prefix, heads, group, inverse_group, mask_heads, parts, splits, row_tiles, qk_scale, cap_scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
     CAUSAL: tl.constexpr, NUM_BOUNDS: tl.constexpr, MASK_PER_ROW: tl.constexpr, SOFTCAP: tl.constexpr,
     PAGED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    WHOLE: tl.constexpr, SINKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One split's share of BLOCK_M rows of one key head: ``partial [B, Hkv, Sq * group, splits, Dv]``, float32, and the
-    base-2 logarithm of its weight; -inf for rows that see nothing of it, whose partial is anything.
+    """One split's share of BLOCK_M rows of one key head: ``partial [B, Hkv, Sq * group, splits, Dv]``, float32, and
+    behind these ``parts`` vectors the base-2 logarithm of the weight of each; -inf for rows that see nothing of it,
+    whose partial is anything. WHOLE: there is one split, so out and lse are written, as by ``combine_kernel``.
 
     ``heads`` are key heads, ``group`` the query heads of each; row r is query ``r // group`` of head ``r % group``.
-    ``mask_heads`` is how many masks a group has: 1, or with MASK_PER_ROW ``group``. Scores times ``qk_scale`` are in
-    powers of two; with SOFTCAP they are first ``tanh(scores * cap_scale)``. With PAGED, k and v are pages of ``page``
-    keys, a multiple of BLOCK_N, and row b of ``block_table`` names those of batch row b in order.
+    ``mask_heads`` is how many masks a group has: 1, or with MASK_PER_ROW ``group``. All rows see the first
+    ``full_prefix`` columns. Scores times ``qk_scale`` are in powers of two; with SOFTCAP they are first
+    ``tanh(scores * cap_scale)``. With PAGED, k and v are pages of ``page`` keys, a multiple of BLOCK_N, and row b of
+    ``block_table`` names those of batch row b in order.
     """
-    pid = tl.program_id(0)
-    tile = pid % row_tiles
-    split = pid // row_tiles % splits
-    bh = pid // row_tiles // splits
+    split = tl.program_id(1)
+    tile = tl.program_id(0) % row_tiles
+    bh = tl.program_id(0) // row_tiles
     b = bh // heads
     h = bh % heads
     rows = q_len * group
     r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    m = r // group
-    g = r % group
-    diagonal = kv_len - q_len
-    bounds += b.to(tl.int64) * bounds_sb + h.to(tl.int64) * bounds_sh
+    m = r * inverse_group >> INVERSE_BITS
+    g = r - m * group
 
     d = tl.arange(0, BLOCK_D)
     at = q + b.to(tl.int64) * q_sb + ((h * group + g).to(tl.int64) * q_sh + m.to(tl.int64) * q_ss)[:, None] + d[None, :]
@@ -129,29 +188,46 @@ def decode_kernel(
     weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     column = tl.arange(0, BLOCK_N)[None, :]
-    first_row = tile * BLOCK_M // group
-    last_row = tl.minimum(q_len, tl.cdiv((tile + 1) * BLOCK_M, group))
-    for chunk in range(chunks):
-        first = split + chunk * BLOCKS * splits  # this split's blocks are every splits-th from here on
-        columns = (first + tl.arange(0, BLOCKS) * splits)[:, None] * BLOCK_N + column
+
+    # This split's blocks are every splits-th; of the first ones no bounds need to be looked at.
+    mine = (tl.cdiv(kv_len, BLOCK_N) - split + splits - 1) // splits
+    known = mine
+    if full_prefix < kv_len:
+        known = tl.maximum(full_prefix // BLOCK_N - split + splits - 1, 0) // splits
+    if known > 0:
+        for i in tl.range(0, known, num_stages=STAGES):
+            n0 = (split + i * splits) * BLOCK_N
+            row, key, stop = _place(block_table, b, n0, kv_len, table_sb, page, PAGED)
+            s = _scores(
+                q_tile, k, row, h, key, k_sb, k_sh, k_ss, stop, cap_scale,
+                HEAD_DIM, BLOCK_N, BLOCK_D, SOFTCAP, PRECISION,
+            )  # fmt: skip
+            s = tl.where(n0 + column < kv_len, s, float("-inf"))
+            m_i, weights, acc = _accumulate(
+                s, m_i, weights, acc, qk_scale, v, row, h, key, v_sb, v_sh, v_ss, stop,
+                HEAD_DIM_V, BLOCK_N, BLOCK_DV, PRECISION,
+            )  # fmt: skip
+
+    bounds += b.to(tl.int64) * bounds_sb + h.to(tl.int64) * bounds_sh
+    diagonal = kv_len - q_len
+    first_row = tile * BLOCK_M * inverse_group >> INVERSE_BITS
+    last_row = tl.minimum(q_len, (((tile + 1) * BLOCK_M - 1) * inverse_group >> INVERSE_BITS) + 1)
+    for done in range(known, mine, BLOCKS):
+        first = split + done * splits
         visit, full, count, end = _scan(
-            bounds, columns, first_row, last_row, kv_len, bounds_sc, bounds_sg, mask_heads, diagonal,
-            BLOCKS, CAUSAL, NUM_BOUNDS,
+            bounds, first, splits, first_row, last_row, kv_len, bounds_sc, bounds_sg, mask_heads, diagonal,
+            BLOCK_N, BLOCKS, CAUSAL, NUM_BOUNDS,
         )  # fmt: skip
         for _ in tl.range(0, count, num_stages=STAGES):
             bit = visit & -visit
             visit = visit ^ bit
             number = (bit.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127  # the exponent of a power of two
             n0 = (first + number * splits) * BLOCK_N
-            kb, key, key_end = b, n0, end
-            if PAGED:
-                kb = tl.load(block_table + b.to(tl.int64) * table_sb + n0 // page)
-                key = n0 % page
-                key_end = end - n0 + key
-            k_tile = load_tile(k, kb, h, key, k_sb, k_sh, k_ss, key_end, HEAD_DIM, BLOCK_N, BLOCK_D, False)
-            s = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-            if SOFTCAP:
-                s = tanh(s * cap_scale)
+            row, key, stop = _place(block_table, b, n0, end, table_sb, page, PAGED)
+            s = _scores(
+                q_tile, k, row, h, key, k_sb, k_sh, k_ss, stop, cap_scale,
+                HEAD_DIM, BLOCK_N, BLOCK_D, SOFTCAP, PRECISION,
+            )  # fmt: skip
             if (full & bit) == 0:
                 of_row = bounds
                 n = n0 + column
@@ -163,32 +239,45 @@ def decode_kernel(
                 if CAUSAL:
                     visible = visible & (m[:, None] >= n - diagonal)
                 s = tl.where(visible, s, float("-inf"))
-            m_new = tl.maximum(m_i, tl.max(s, 1))
-            p = tl.exp2(s * qk_scale - (m_new * qk_scale)[:, None])
-            alpha = tl.exp2((m_i - m_new) * qk_scale)[:, None]
-            # Summed up over columns at the end only: that is a wait of all warps.
-            weights = weights * alpha + p
-            acc = acc * alpha
-            m_i = m_new
-            v_tile = load_tile(v, kb, h, key, v_sb, v_sh, v_ss, key_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, False)
-            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_DV]
+            m_i, weights, acc = _accumulate(
+                s, m_i, weights, acc, qk_scale, v, row, h, key, v_sb, v_sh, v_ss, stop,
+                HEAD_DIM_V, BLOCK_N, BLOCK_DV, PRECISION,
+            )  # fmt: skip
 
+    if PDL:
+        gdc_launch_dependents()  # which wait for the end of this kernel, but not to be launched
     l_i = tl.sum(weights, 1)
-    empty = l_i == 0.0
-    at = (bh.to(tl.int64) * rows + r) * splits + split
-    tl.store(partial_lse + at, tl.where(empty, float("-inf"), m_i * qk_scale + tl.log2(l_i)), mask=r < rows)
+    top = m_i * qk_scale
     dv = tl.arange(0, BLOCK_DV)
+    if WHOLE:
+        head = h * group + g
+        if SINKS:
+            sink = tl.load(sinks + head, mask=r < rows, other=0.0).to(tl.float32) * LOG2E
+            new = tl.maximum(top, sink)
+            alpha = tl.exp2(top - new)
+            l_i = l_i * alpha + tl.exp2(sink - new)
+            acc = acc * alpha[:, None]
+            top = new
+    empty = l_i == 0.0
     acc = acc * tl.where(empty, 0.0, 1.0 / l_i)[:, None]
-    tl.store(
-        partial + at[:, None] * HEAD_DIM_V + dv[None, :], acc,
-        mask=((r < rows) & ~empty)[:, None] & (dv < HEAD_DIM_V)[None, :],
-    )  # fmt: skip
+    weight = tl.where(empty, float("-inf"), top + tl.log2(l_i))
+    if WHOLE:
+        heads_q = heads * group
+        row_q = (b.to(tl.int64) * q_len + m) * heads_q + head
+        tl.store(lse + (b.to(tl.int64) * heads_q + head) * q_len + m, weight * LN2, mask=r < rows)
+        at = out + row_q[:, None] * HEAD_DIM_V + dv[None, :]
+        tl.store(at, acc.to(out.dtype.element_ty), mask=(r < rows)[:, None] & (dv < HEAD_DIM_V)[None, :])
+    else:
+        part = (bh.to(tl.int64) * rows + r) * splits + split
+        tl.store(partial + parts.to(tl.int64) * HEAD_DIM_V + part, weight, mask=r < rows)
+        at = partial + part[:, None] * HEAD_DIM_V + dv[None, :]
+        tl.store(at, acc, mask=((r < rows) & ~empty)[:, None] & (dv < HEAD_DIM_V)[None, :])
 
 
 @triton.jit(do_not_specialize=DECODE_LENGTHS)
 def combine_kernel(
-    partial, partial_lse, out, lse, sinks, q_len, heads, group, splits,
-    HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, SINKS: tl.constexpr, COMBINED: tl.constexpr,
+    partial, out, lse, sinks, q_len, heads, group, inverse_group, parts, splits,
+    HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, SINKS: tl.constexpr, COMBINED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out ``[B, Sq, Hq, Dv]`` and lse ``[B, Hq, Sq]`` of one row of one query head, from all its splits."""
     at = tl.program_id(0)
@@ -196,8 +285,8 @@ def combine_kernel(
     bh = at // rows
     r = at % rows
     b = bh // heads
-    h = bh % heads * group + r % group
-    m = r // group
+    m = r * inverse_group >> INVERSE_BITS
+    h = bh % heads * group + r - m * group
     heads_q = heads * group
     dv = tl.arange(0, BLOCK_DV)
     top = tl.full([], LOWEST, tl.float32)
@@ -208,6 +297,9 @@ def combine_kernel(
         top = tl.maximum(top, sink)
         weight = tl.exp2(sink - top)
     first = at.to(tl.int64) * splits
+    partial_lse = partial + parts.to(tl.int64) * HEAD_DIM_V
+    if PDL:
+        gdc_wait()  # launched while the splits are under way
     for s0 in range(0, splits, COMBINED):
         s = s0 + tl.arange(0, COMBINED)
         part_lse = tl.load(partial_lse + first + s, mask=s < splits, other=float("-inf"))

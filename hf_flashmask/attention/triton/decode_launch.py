@@ -1,31 +1,35 @@
-"""Launches the kernels for few queries. Shapes alone decide how, so a CUDA graph holds for whatever the bounds hide."""
+"""Launches the kernels for few queries. Shapes alone decide how, so a CUDA graph holds for whatever the bounds hide.
+
+In eager generation the host is what takes the time, so all but the addresses is worked out once for calls that are
+alike (``Plan``): the layers of a step.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
+from triton import knobs
 from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 from hf_flashmask.masks import ColumnMask
 
 from .configs import Config, padded
-from .decode import combine_kernel, decode_kernel
-from .launch import LOG2E, multiprocessors, positive_scale, precision, with_room
+from .decode import INVERSE_BITS, MAX_GROUP, combine_kernel, decode_kernel
+from .launch import LOG2E, has_pdl, multiprocessors, positive_scale, precision, with_room
 
 # Longer queries fill the ordinary kernel's tiles.
 MAX_Q_LEN = 16
-# Programs that a multiprocessor runs at once.
-_RESIDENT = 2
 # Fewest blocks of keys in a split, and most splits of what fills the device without.
-_LEAST_BLOCKS, _MOST_SPLITS = 2, 8
-# Blocks of keys that a program looks at together: at most the 8 that its bits are for.
-BLOCKS = 8
+_LEAST_BLOCKS, _MOST_SPLITS = 4, 8
+# Blocks of keys that a program looks at together: at most the 16 that its bits are for.
+BLOCKS = 16
 # Partial results that the second kernel loads at once, few or many.
 _COMBINED = (8, 64)
 
@@ -39,125 +43,214 @@ def forward(
     What the bounds hide from all rows is not read: keys behind the last visible one, and whole blocks of keys before.
     With a ``block_table``, int32 ``[B, W]``, k and v are pages ``[P, page, Hkv, D]``, of ``PAGE`` keys or a multiple.
     """
+    return start(q, k, v, mask, softmax_scale, softcap, sinks, block_table)[:2]
+
+
+def start(
+    q: Tensor, k: Tensor, v: Tensor, mask: ColumnMask, softmax_scale: float, softcap: float, sinks: Tensor | None,
+    block_table: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Plan | None]:  # fmt: skip
+    """``forward``, and with what calls can be repeated that differ in nothing but the addresses of their tensors."""
+    given_scale = softmax_scale
     q, softmax_scale = positive_scale(q, softmax_scale)
-    out = q.new_empty(*q.shape[:3], v.shape[3])
-    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+    bounds = mask.bounds if mask.bounds.stride(3) == 1 else mask.bounds.contiguous()
+    plans: list[Plan] = []
+    results: list[tuple[Tensor, Tensor]] = []
 
     def run(config: Config) -> None:
-        _launch(config, q, k, v, mask, softmax_scale, softcap, sinks, block_table, out, lse)
+        plan = Plan(config, q, k, v, bounds, mask, softmax_scale, softcap, sinks, block_table)
+        lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+        out = plan.again(q, k, v, sinks, lse) if plan.repeatable else None
+        results.append((plan.first(q, k, v, bounds, sinks, block_table, lse) if out is None else out, lse))
+        plans.append(plan)
 
     rows = q.shape[1] * (q.shape[2] // k.shape[2])
     with_room("decode" if rows <= 16 else "draft", q.shape[3], v.shape[3], q.dtype, q.device, run)
-    return out, lse
-
-
-class _Division(NamedTuple):
-    """Of the work: rows of a tile, tiles of rows a key head, splits of the keys, chunks of BLOCKS blocks a split."""
-
-    block_m: int
-    row_tiles: int
-    splits: int
-    chunks: int
-
-
-@functools.lru_cache(4096)  # the layers of a step are alike
-def divide(heads_total: int, rows: int, kv_len: int, config: Config, device: torch.device) -> _Division:
-    """The work of ``heads_total`` key heads, each with ``rows`` rows: query heads that share it times query rows."""
-    block_m = min(config.block_m, max(16, triton.next_power_of_2(rows)))
-    row_tiles = triton.cdiv(rows, block_m)
-    blocks = triton.cdiv(kv_len, config.block_n)
-    splits = splits_of(heads_total * row_tiles, blocks, multiprocessors(device) * _RESIDENT)
-    return _Division(block_m, row_tiles, splits, triton.cdiv(blocks, splits * BLOCKS))
+    # A sign that went into q, or bounds that were copied, belong to this call; so does how float32 is multiplied.
+    alike = given_scale == softmax_scale and bounds is mask.bounds and q.dtype != torch.float32
+    return *results[0], plans[0] if alike and plans[0].repeatable else None
 
 
 def splits_of(programs: int, blocks: int, slots: int) -> int:
     """Into how many parts the ``blocks`` of keys of each of ``programs`` tiles of rows are split.
 
-    So that the programs fill whole rounds of the device's ``slots``: the fewest within 3 % of the best.
+    So that the programs fill whole rounds of the device's ``slots``: the fewest within a tenth of the best, since every
+    program begins by waiting for memory, and parts have to be combined.
     """
     most = max(1, min(blocks // _LEAST_BLOCKS, max(slots // programs, _MOST_SPLITS)))
     filled = [programs * s / slots / math.ceil(programs * s / slots) for s in range(1, most + 1)]
-    return next(s for s, share in enumerate(filled, 1) if share >= 0.97 * max(filled))
+    return next(s for s, share in enumerate(filled, 1) if share >= 0.9 * max(filled))
 
 
+class _Launch(NamedTuple):
+    """What calls have in common whose caches are about as long: of both kernels the grid, the constants, and a key.
+
+    The key is what Triton would specialize on, other than types: with all of it the same, so is the kernel.
+    """
+
+    splits: int
+    row_tiles: int
+    parts: int
+    scratch: int  # floats before lse
+    grid: tuple[int, int]
+    constants: tuple[Any, ...]
+    key: Hashable
+    combine_grid: tuple[int, int]
+    combine_constants: tuple[Any, ...]
+    combine_key: Hashable
+
+
+@functools.lru_cache(1024)  # a cache grows by a key a step, by a block rarely
 def _launch(
-    config: Config,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: ColumnMask,
-    softmax_scale: float,
-    softcap: float,
-    sinks: Tensor | None,
-    block_table: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
-    (batch, q_len, heads_q, head_dim), (_, page, heads, head_dim_v) = q.shape, v.shape
-    kv_len = mask.kv_len
-    group = heads_q // heads
+    config: Config, batch: int, q_len: int, heads: int, group: int, head_dim: int, head_dim_v: int, blocks: int,
+    causal: bool, vectors: int, per_row: bool, uneven: bool, softcap: bool, paged: bool, dtype: torch.dtype,
+    sinks: torch.dtype | None, device: torch.device, precision: str,
+) -> _Launch:  # fmt: skip
+    if group > MAX_GROUP:
+        raise NotImplementedError(f"at most {MAX_GROUP} query heads can share a key head, got {group}")
     rows = q_len * group
-    work = divide(batch * heads, rows, kv_len, config, q.device)
-    partial = q.new_empty(batch * heads, rows, work.splits, head_dim_v, dtype=torch.float32)
-    partial_lse = q.new_empty(batch * heads, rows, work.splits, dtype=torch.float32)
-    bounds = mask.bounds if mask.bounds.stride(3) == 1 else mask.bounds.contiguous()
-    masks_b, masks_h, vectors, _ = bounds.shape
-    per_row = masks_h > heads
-    strides = [t.stride(d) if t.shape[d] > 1 else 0 for t in (q, k, v) for d in (0, 2, 1)]
-    arguments = (
-        q, k, v, bounds, bounds if block_table is None else block_table, partial, partial_lse, *strides,
-        bounds.stride(0) if masks_b > 1 else 0,
-        bounds.stride(1) * (group if per_row else 1) if masks_h > 1 else 0,
-        bounds.stride(1) if per_row else 0,
-        bounds.stride(2),
-        0 if block_table is None else block_table.stride(0), page,
-        q_len, kv_len, heads, group, group if per_row else 1, work.splits, work.chunks, work.row_tiles,
-        (softcap or softmax_scale) * LOG2E, softmax_scale / softcap if softcap else 0.0,
-    )  # fmt: skip
+    block_m = min(config.block_m, max(16, 1 << (rows - 1).bit_length()))
+    row_tiles = -(-rows // block_m)
+    # One program a multiprocessor saturates memory; where batch rows see more and fewer keys, a second evens them out.
+    slots = multiprocessors(device) * (2 if uneven else 1)
+    splits = splits_of(batch * heads * row_tiles, blocks, slots)
+    whole, pdl = splits == 1, has_pdl(device)
+    parts = 0 if whole else batch * heads * rows * splits
     constants = (
-        head_dim, head_dim_v, padded(head_dim), padded(head_dim_v), work.block_m, config.block_n, BLOCKS,
-        mask.causal, vectors, per_row, bool(softcap), block_table is not None, precision(q.dtype), config.num_stages,
+        head_dim, head_dim_v, padded(head_dim), padded(head_dim_v), block_m, config.block_n, BLOCKS, causal, vectors,
+        per_row, softcap, paged, precision, config.num_stages, whole, whole and sinks is not None, pdl and not whole,
     )  # fmt: skip
-    options: dict[str, Any] = {
-        "num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True
-    }  # fmt: skip
-    # What Triton would specialize on, other than types: with all of it the same, so is the kernel.
-    alike = all(s % 16 == 0 and s < 2**31 for s in strides) and bounds.numel() < 2**31
-    alike = alike and all(t.data_ptr() % 16 == 0 for t in (q, k, v, bounds))
-    alike = alike and (block_table is None or block_table.data_ptr() % 16 == 0)
-    key = (q.device.index, q.dtype, constants, config) if alike else None
-    with torch.cuda.device_of(q):  # Triton launches on the current device
-        _run(decode_kernel, batch * heads * work.row_tiles * work.splits, key, arguments, constants, options)
-        _combine(partial, partial_lse, out, lse, sinks, q_len, heads, group, work.splits)
-
-
-def _combine(
-    partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None, q_len: int, heads: int,
-    group: int, splits: int,
-) -> None:  # fmt: skip
-    head_dim_v = out.shape[3]
-    given = lse if sinks is None else sinks
     combined = next((n for n in _COMBINED if n >= splits), _COMBINED[-1])
-    constants = (head_dim_v, padded(head_dim_v), sinks is not None, combined)
-    key = (out.device.index, out.dtype, given.dtype, constants) if given.data_ptr() % 16 == 0 else None
-    arguments = (partial, partial_lse, out, lse, given, q_len, heads, group, splits)
-    _run(combine_kernel, partial.shape[0] * partial.shape[1], key, arguments, constants, {"num_warps": 4})
+    combine_constants = (head_dim_v, padded(head_dim_v), sinks is not None, combined, pdl)
+    return _Launch(
+        splits, row_tiles, parts, -(-parts * (head_dim_v + 1) // 4) * 4,
+        (batch * heads * row_tiles, splits), constants, ("decode", device.index, dtype, sinks, constants, config),
+        (batch * heads * rows, 0 if whole else 1), combine_constants,
+        ("combine", device.index, dtype, sinks, combine_constants),
+    )  # fmt: skip
 
 
+class Plan:
+    """All of the launches of one call but the addresses of its tensors."""
+
+    __slots__ = ("_bounds", "_combine", "_combine_rest", "_decode", "_device", "_launch", "_options", "_rest", "_shape")
+
+    def __init__(
+        self, config: Config, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, mask: ColumnMask, softmax_scale: float,
+        softcap: float, sinks: Tensor | None, block_table: Tensor | None,
+    ) -> None:  # fmt: skip
+        (batch, q_len, heads_q, head_dim), (_, page, heads, head_dim_v) = q.shape, v.shape
+        kv_len = mask.kv_len
+        group = heads_q // heads
+        masks_b, masks_h, vectors, _ = bounds.shape
+        per_row = masks_h > heads
+        launch = self._launch = _launch(
+            config, batch, q_len, heads, group, head_dim, head_dim_v, -(-kv_len // config.block_n), mask.causal,
+            vectors, per_row, masks_b > 1, bool(softcap), block_table is not None, q.dtype,
+            None if sinks is None else sinks.dtype, q.device, precision(q.dtype),
+        )  # fmt: skip
+        strides = [t.stride(d) if t.shape[d] > 1 else 0 for t in (q, k, v) for d in (0, 2, 1)]
+        divisor = (heads, group, -(-(1 << INVERSE_BITS.value) // group))
+        self._rest = (
+            *strides,
+            bounds.stride(0) if masks_b > 1 else 0,
+            bounds.stride(1) * (group if per_row else 1) if masks_h > 1 else 0,
+            bounds.stride(1) if per_row else 0,
+            bounds.stride(2),
+            0 if block_table is None else block_table.stride(0), page, q_len, kv_len, mask.full_prefix,
+            *divisor, group if per_row else 1, launch.parts, launch.splits, launch.row_tiles,
+            (softcap or softmax_scale) * LOG2E, softmax_scale / softcap if softcap else 0.0, *launch.constants,
+        )  # fmt: skip
+        self._combine_rest = (q_len, *divisor, launch.parts, launch.splits, *launch.combine_constants)
+        self._options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+        self._device = q.device.index
+        self._shape = (batch, q_len, heads_q, head_dim_v)
+        self._bounds = (bounds.data_ptr(), (bounds if block_table is None else block_table).data_ptr())
+        self._decode: CompiledKernel | None = None
+        self._combine: CompiledKernel | None = None
+        aligned = all(s % 16 == 0 and s < 2**31 for s in strides) and not any(at % 16 for at in self._bounds)
+        if aligned and bounds.numel() < 2**31:
+            self._decode, self._combine = _compiled.get(launch.key), _compiled.get(launch.combine_key)
+        else:
+            self._launch = launch._replace(key=None)
+
+    @property
+    def repeatable(self) -> bool:
+        return self._decode is not None and (self._combine is not None or not self._launch.combine_grid[1])
+
+    def first(
+        self, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, sinks: Tensor | None, block_table: Tensor | None,
+        lse: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """out, and lse written; by whatever Triton finds for the arguments, compiled if need be."""
+        launch = self._launch
+        out = q.new_empty(self._shape)
+        partial = q.new_empty(launch.scratch, dtype=torch.float32) if launch.parts else lse
+        given = lse if sinks is None else sinks
+        aligned = all(t.data_ptr() % 16 == 0 for t in (q, k, v, given))
+        tables = (bounds, bounds if block_table is None else block_table)
+        arguments = (q, k, v, *tables, partial, out, lse, given, *self._rest)
+        with torch.cuda.device_of(q):  # Triton launches on the current device
+            key = launch.key if aligned else None
+            self._decode = _run(decode_kernel, launch.grid, key, arguments, self._options)
+            if launch.parts:
+                key = launch.combine_key if aligned else None
+                options = {"num_warps": 4} | ({"launch_pdl": True} if launch.combine_constants[-1] else {})
+                arguments = (partial, out, lse, given, *self._combine_rest)
+                self._combine = _run(combine_kernel, launch.combine_grid, key, arguments, options)
+        return out
+
+    def again(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, lse: Tensor | None = None
+    ) -> Tensor | None:  # fmt: skip
+        """out by the kernels of a call like this one, under the same bounds; None if an address is not aligned."""
+        at = (q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if sinks is None else sinks.data_ptr())
+        if (at[0] | at[1] | at[2] | at[3]) & 15:
+            return None
+        launch = self._launch
+        out = q.new_empty(self._shape)
+        batch, q_len, heads_q, _ = self._shape
+        scratch = q.new_empty(launch.scratch + batch * q_len * heads_q, dtype=torch.float32)
+        partial_at = scratch.data_ptr()
+        lse_at = partial_at + 4 * launch.scratch if lse is None else lse.data_ptr()
+        to = (out.data_ptr(), lse_at, at[3] or lse_at)
+        device = self._device
+        with _NOWHERE if torch.cuda.current_device() == device else torch.cuda.device(device):
+            stream = _current_stream()(device)
+            _start(self._decode, launch.grid, stream, (*at[:3], *self._bounds, partial_at, *to, *self._rest))
+            if launch.parts:
+                _start(self._combine, launch.combine_grid, stream, (partial_at, *to, *self._combine_rest))
+        return out
+
+
+_NOWHERE = contextlib.nullcontext()
+
+
+@functools.cache
+def _current_stream() -> Callable[[int], int]:
+    current: Callable[[int], int] = driver.active.get_current_stream
+    return current
+
+
+# By what Triton would specialize on.
 _compiled: dict[Hashable, CompiledKernel] = {}
 
 
 def _run(
-    kernel: Any, programs: int, key: Hashable, arguments: tuple[Any, ...], constants: tuple[Any, ...],
-    options: dict[str, Any],
-) -> None:  # fmt: skip
-    """Launch a kernel. Triton looks at every argument to find what it compiled, which takes the host longer than the
-    device takes for a short cache; with a ``key`` that was met before, it is found by that.
+    kernel: Any, grid: tuple[int, int], key: Hashable, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> CompiledKernel | None:  # fmt: skip
+    """Launch a kernel as Triton does, which looks at every argument to find what it compiled: that takes the host
+    longer than a short cache takes the device. With a ``key`` it is remembered and returned.
     """
-    known = None if key is None else _compiled.get(key)
-    if known is not None:
-        known[programs, 1, 1](*arguments, *constants)
+    compiled = kernel[grid](*arguments, **options)
+    if key is None or not isinstance(compiled, CompiledKernel):  # the interpreter has none
+        return None
+    return _compiled.setdefault(key, compiled)
+
+
+def _start(kernel: Any, grid: tuple[int, int], stream: int, arguments: tuple[Any, ...]) -> None:
+    """``kernel[*grid, 1](*arguments)``, without what only profilers want to know."""
+    if knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
+        kernel[(*grid, 1)](*arguments)
         return
-    compiled = kernel[(programs,)](*arguments, *constants, **options)
-    if key is not None and isinstance(compiled, CompiledKernel):  # the interpreter has none
-        _compiled[key] = compiled
+    kernel.run(*grid, 1, stream, kernel.function, kernel.packed_metadata, None, None, None, *arguments)

@@ -231,6 +231,11 @@ def _device(device: torch.device) -> tuple[tuple[int, int], int]:
     return (properties.major, properties.minor), properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
+def has_pdl(device: torch.device) -> bool:
+    """Whether a kernel can be launched while the one before it still runs, and wait for it then."""
+    return device.type == "cuda" and torch.version.hip is None and _device(device)[0] >= (9, 0)
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     return 4 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)

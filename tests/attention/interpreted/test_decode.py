@@ -15,9 +15,6 @@ def _small(kernels, monkeypatch):
     """Blocks of 16 rows and 16 keys, two looked at together, so that few keys make several splits of several looks."""
     monkeypatch.setattr(decode_launch, "BLOCKS", 2)
     monkeypatch.setattr(decode_launch, "_COMBINED", (2,))
-    decode_launch.divide.cache_clear()
-    yield
-    decode_launch.divide.cache_clear()
 
 
 def tree():
@@ -120,7 +117,7 @@ def test_static_caches_are_not_copied(monkeypatch):
     """The kernel gets the very memory of a cache's view, also where the bounds are a slice."""
     seen = {}
 
-    def run(kernel, programs, key, arguments, constants, options):
+    def run(kernel, grid, key, arguments, options):
         seen.update(zip(kernel.arg_names, arguments, strict=False))
 
     monkeypatch.setattr(decode_launch, "_run", run)
