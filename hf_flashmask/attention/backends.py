@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import math
 import os
 
 import torch
@@ -17,6 +18,7 @@ BACKENDS = ("auto", "reference", "torch", "triton", "hopper")
 TRITON_MAX_HEAD_DIM = 256
 HOPPER_MAX_HEAD_DIM = 128
 HOPPER_AUTO_LENGTH = 1024  # shorter rows were not measured
+HOPPER_FORWARD_LENGTH = {64: 8192, 128: HOPPER_AUTO_LENGTH}  # the same of the forward, by head dim
 
 
 def choose(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
@@ -53,7 +55,7 @@ def choose_backward(backend: str, q: Tensor, k: Tensor, v: Tensor, *, determinis
     """The backend of the backward: that of the forward, but for "triton" and "hopper", which save the same.
 
     Hopper's adds up dq in whatever order tiles come, so Triton's serves where the same bits are asked for. "auto" takes
-    Hopper's where it was measured to be faster: at head dim 64 too, where its forward is not.
+    Hopper's where it was measured to be faster: at head dim 64 in shorter rows than its forward.
     """
     chosen = choose(backend, q, k, v)
     if deterministic and chosen == "hopper":
@@ -64,11 +66,11 @@ def choose_backward(backend: str, q: Tensor, k: Tensor, v: Tensor, *, determinis
 
 
 def _hopper_pays(q: Tensor, v: Tensor) -> bool:
-    """Where the Hopper forward was measured to be faster than the portable one (H200, Triton 3.6, 1K to 8K tokens).
+    """Where the Hopper forward was measured to be faster than the portable one (H200, Triton 3.6).
 
-    At head dim 128 it is 1.03 to 1.4 times as fast; at 64 it is slower where a GPU is full.
+    At head dim 128 it is 1.03 to 1.5 times as fast (1K to 8K tokens), at 64 1.00 to 1.13 times (8K).
     """
-    return q.shape[3] == v.shape[3] == 128 and q.shape[1] >= HOPPER_AUTO_LENGTH
+    return q.shape[3] == v.shape[3] and q.shape[1] >= HOPPER_FORWARD_LENGTH.get(q.shape[3], math.inf)
 
 
 def _hopper_backward_pays(q: Tensor, v: Tensor) -> bool:

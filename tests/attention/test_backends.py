@@ -7,6 +7,7 @@ from hf_flashmask import flashmask_attention
 from hf_flashmask.attention import backends, op
 
 LONG = backends.HOPPER_AUTO_LENGTH
+LONG_64 = backends.HOPPER_FORWARD_LENGTH[64]
 
 
 @pytest.mark.parametrize(
@@ -14,6 +15,9 @@ LONG = backends.HOPPER_AUTO_LENGTH
     [
         ("auto", LONG, 128, False, "hopper", "hopper"),
         ("auto", LONG, 64, False, "triton", "hopper"),
+        ("auto", LONG_64 - 1, 64, False, "triton", "hopper"),
+        ("auto", LONG_64, 64, False, "hopper", "hopper"),
+        ("auto", LONG_64, 64, True, "hopper", "triton"),
         ("auto", LONG - 1, 64, False, "triton", "triton"),
         ("auto", LONG, 96, False, "triton", "triton"),
         ("auto", LONG, 128, True, "hopper", "triton"),

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_flashmask import ColumnMask, flashmask_attention, masks
-from hf_flashmask.attention.backends import HOPPER_AUTO_LENGTH, choose, choose_backward
+from hf_flashmask.attention.backends import HOPPER_AUTO_LENGTH, HOPPER_FORWARD_LENGTH, choose, choose_backward
 from tests.attention.test_oracle import built
 from tests.attention.triton_checks import KINDS, arbitrary, compare, document, poison
 from tests.attention.triton_checks import qkv as any_qkv
@@ -221,6 +221,7 @@ def test_auto_takes_them_where_they_are_faster():
     for n, d, forward, backward in (
         (HOPPER_AUTO_LENGTH, 128, "hopper", "hopper"),
         (HOPPER_AUTO_LENGTH, 64, "triton", "hopper"),
+        (HOPPER_FORWARD_LENGTH[64], 64, "hopper", "hopper"),
         (300, 128, "triton", "triton"),
         (300, 64, "triton", "triton"),
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ from .dq_buffer import finish_kernel, prepare_kernel
 from .forward import forward_kernel
 
 _BLOCK_M = 128  # two warpgroups of 64 rows
-_BLOCK_N = 128  # a thread of a warpgroup for each column's bounds
+_BLOCK_N = 128  # of the backward, and of the forward at head dim 128
 _GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _BACKWARD_BLOCK_M = 64  # rows of a step of the backward; registers hold no more
 _ROW_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
@@ -44,8 +45,21 @@ class Config(NamedTuple):
     head_group: int
 
 
-# By width of the tiles: as many stages as 227 KiB hold.
-CONFIGS = {64: Config(4, 8), 128: Config(2, 8)}
+class ForwardConfig(NamedTuple):
+    """Beside that, columns of a tile and teams of warps in a program."""
+
+    stages: int
+    head_group: int
+    block_n: int
+    teams: int
+
+
+# By width of the tiles: as many stages as 227 KiB hold. Exponentials take as long as products at head dim 64, so more
+# warps, whose registers narrow tiles leave room for.
+CONFIGS = {
+    64: ForwardConfig(stages=4, head_group=8, block_n=64, teams=2),
+    128: ForwardConfig(stages=2, head_group=8, block_n=128, teams=1),
+}
 BACKWARD_CONFIGS = {64: Config(4, 4), 128: Config(2, 4)}
 
 
@@ -81,7 +95,8 @@ def plan_bytes(mask: ColumnMask, head_dim: int, head_dim_v: int, dtype: torch.dt
     """Makes all that a training step needs to know of a mask, anew if the mask is new; its bytes beside the bounds."""
     bounds = interval_bounds(mask)
     size = 0 if bounds.data_ptr() == mask.bounds.data_ptr() else bounds.nbytes
-    return size + sum(_lists(mask, by_columns).nbytes for by_columns in (False, True))
+    block_n = CONFIGS[tile_width(head_dim, head_dim_v)].block_n
+    return size + _lists(mask, by_columns=False, block_n=block_n).nbytes + _lists(mask, by_columns=True).nbytes
 
 
 def forward(
@@ -102,15 +117,16 @@ def forward(
             "use backend='triton'"
         )
     width = tile_width(head_dim, head_dim_v)
-    lists = _lists(mask, by_columns=False)
+    config = CONFIGS[width]
+    lists = _lists(mask, by_columns=False, block_n=config.block_n)
     out = q.new_empty(batch, q_len, heads_q, head_dim_v)
     lse = q.new_empty(batch, heads_q, q_len, dtype=torch.float32)
     with torch.cuda.device_of(q):  # Triton launches on the current device
         forward_kernel[(min(multiprocessors(q.device), batch * heads_q * lists.lines),)](
-            _descriptor(q, 64, width), _descriptor(k, _BLOCK_N, width), _descriptor(v, _BLOCK_N, width),
+            _descriptor(q, 64, width), _descriptor(k, config.block_n, width), _descriptor(v, config.block_n, width),
             _descriptor(out, 64, width), lse, lse if sinks is None else sinks,
-            TensorDescriptor(bounds.flatten(), [bounds.numel()], [1], [_BLOCK_N], _ROW_LAYOUT),
-            q_len=q_len, SINKS=sinks is not None, BLOCK_N=_BLOCK_N, num_warps=4,
+            TensorDescriptor(bounds.flatten(), [bounds.numel()], [1], [config.block_n], _ROW_LAYOUT),
+            q_len=q_len, SINKS=sinks is not None, BLOCK_N=config.block_n, TEAMS=config.teams, num_warps=4,
             **_common(mask, bounds, lists, q, k, heads_q, softmax_scale, softcap), **_tiles(width, CONFIGS),
         )  # fmt: skip
     return out, lse
@@ -170,8 +186,8 @@ def backward(
     return dq, dk, dv, sink_gradient(sinks, lse, delta)
 
 
-def _lists(mask: ColumnMask, by_columns: bool) -> TileList:
-    return tile_list(mask, _BACKWARD_BLOCK_M if by_columns else _BLOCK_M, _BLOCK_N, by_columns=by_columns)
+def _lists(mask: ColumnMask, by_columns: bool, block_n: int = _BLOCK_N) -> TileList:
+    return tile_list(mask, _BACKWARD_BLOCK_M if by_columns else _BLOCK_M, block_n, by_columns=by_columns)
 
 
 def _common(
@@ -192,7 +208,7 @@ def _common(
     }  # fmt: skip
 
 
-def _tiles(width: int, configs: dict[int, Config]) -> dict[str, int]:
+def _tiles(width: int, configs: Mapping[int, Config | ForwardConfig]) -> dict[str, int]:
     return {"BLOCK_D": width, "STAGES": configs[width].stages, "HEAD_GROUP": configs[width].head_group}
 
 

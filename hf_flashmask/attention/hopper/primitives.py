@@ -1,6 +1,6 @@
 """What the warps of the Hopper kernels do with a tile that has come: masking, the softmax, row sums.
 
-A tile of scores is BLOCK_M / 2 = 64 rows, one warpgroup's, by BLOCK_N = 128 columns.
+A tile of scores is BLOCK_M / 2 = 64 rows, one warpgroup's, by BLOCK_N = 64 or 128 columns.
 """
 
 from triton.experimental import gluon
@@ -33,14 +33,21 @@ def _rows_below(bound, first):
     return (gl.full(rows.shape, 1, gl.int64, rows.type.layout) << rows) - 1
 
 
-@gluon.jit
-def hide(s, bounds_s, at, words_s, m0, BLOCK_N: gl.constexpr, NUM_BOUNDS: gl.constexpr):
-    """s [64, BLOCK_N] with -inf in place of what the mask hides.
+@gluon.constexpr_function
+def columns_layout(BLOCK_N):
+    """Row bits of columns, [2, BLOCK_N] words, by 128 threads."""
+    if BLOCK_N == 128:
+        return gl.BlockedLayout([2, 1], [1, 32], [1, 4], [1, 0])
+    return gl.BlockedLayout([1, 1], [1, 32], [2, 2], [1, 0])
 
-    Each of the 128 threads turns one column's bounds (``bounds_s[at]`` and the next) into 64 bits, one a row from m0,
-    in ``words_s`` [2, BLOCK_N]; an element then tests one bit. So 2 and 4 bounds cost about the same.
+
+@gluon.jit
+def hide_bits(bounds_s, at, words, m0, BLOCK_N: gl.constexpr, NUM_BOUNDS: gl.constexpr):
+    """What the mask hides of 64 rows from m0: a bit a row, in ``words`` [2, BLOCK_N].
+
+    A thread turns a column's bounds (``bounds_s[at]`` and the next) into bits. So 2 and 4 bounds cost about the same.
     """
-    COLUMNS: gl.constexpr = gl.BlockedLayout([2, 1], [1, 32], [1, 4], [1, 0])
+    COLUMNS: gl.constexpr = columns_layout(BLOCK_N)
     COLUMN: gl.constexpr = gl.SliceLayout(0, COLUMNS)
     first = (m0 + 32 * gl.arange(0, 2, gl.SliceLayout(1, COLUMNS)))[:, None]
     r0 = _rows_below(bounds_s.index(at).load(COLUMN)[None, :], first)
@@ -51,12 +58,17 @@ def hide(s, bounds_s, at, words_s, m0, BLOCK_N: gl.constexpr, NUM_BOUNDS: gl.con
         r2 = _rows_below(bounds_s.index(at + 2).load(COLUMN)[None, :], first)
         r3 = _rows_below(bounds_s.index(at + 3).load(COLUMN)[None, :], first)
         hidden = (r1 & ~r0) | (r3 & ~r2)
-    words_s.store(hidden.to(gl.int32))
+    words.store(hidden.to(gl.int32))
+
+
+@gluon.jit
+def hide(s, words, BLOCK_N: gl.constexpr):
+    """s [64, BLOCK_N] with -inf in place of what ``words`` hide: an element tests one bit."""
     SPLIT: gl.constexpr = split_rows_layout(BLOCK_N)
-    words = words_s.load(gl.SliceLayout(1, SPLIT))[:, None, :]
+    word = words.load(gl.SliceLayout(1, SPLIT))[:, None, :]
     row = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, SPLIT)))
     bit = (gl.full([32], 1, gl.int32, row.type.layout) << row)[None, :, None]
-    hides = gl.convert_layout(gl.reshape((words & bit) != 0, [64, BLOCK_N]), s.type.layout, assert_trivial=True)
+    hides = gl.convert_layout(gl.reshape((word & bit) != 0, [64, BLOCK_N]), s.type.layout, assert_trivial=True)
     return gl.where(hides, float("-inf"), s)
 
 
@@ -74,6 +86,32 @@ def softmax_step(s, m_i, l_i, qk_scale, BLOCK_N: gl.constexpr):
     alpha = gl.exp2((m_i - m_new) * qk_scale)
     l_i = l_i * gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None] + partial_sums(p, BLOCK_N)
     return p, m_new, l_i, alpha
+
+
+@gluon.jit
+def pack_pairs(p, dtype: gl.constexpr):
+    """p [64, N] in 16 bits, two columns in an int32: [64, N / 2]. Loops carry 16-bit values one by one otherwise, and
+    take them apart and put them together in every round.
+    """
+    even, odd = gl.split(gl.reshape(p, [p.shape[0], p.shape[1] // 2, 2]))
+    if dtype == gl.bfloat16:
+        pairs = gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1
+        )
+    else:
+        pairs = gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1
+        )
+    return pairs
+
+
+@gluon.jit
+def unpack_pairs(pairs, dtype: gl.constexpr, LAYOUT: gl.constexpr):
+    """[64, N / 2] of pack_pairs to [64, N], which costs no instruction."""
+    even = pairs.to(gl.int16).to(dtype, bitcast=True)
+    odd = (pairs >> 16).to(gl.int16).to(dtype, bitcast=True)
+    both = gl.reshape(gl.join(even, odd), [pairs.shape[0], pairs.shape[1] * 2])
+    return gl.convert_layout(both, LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
