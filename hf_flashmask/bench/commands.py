@@ -82,6 +82,19 @@ def add_bench(commands: Any) -> None:
     _add_origin(train, "train.csv")
     train.set_defaults(run=_bench_train)
 
+    sweep = bench.add_parser("sweep", help="the paper's training steps against the length of a row; goes on where it was")
+    sweep.add_argument("--tasks", nargs="+", help="of sft, lora, dpo, rm; default all")
+    sweep.add_argument("--lengths", type=positive, nargs="+", help="tokens a row (4096, 8192, ... 524288)")
+    sweep.add_argument("--methods", nargs="+", help="names, default all")
+    _add_model(sweep, layers=32)
+    sweep.add_argument("--steps", type=positive, default=3, help="timed steps a method, at most (%(default)s)")
+    sweep.add_argument(
+        "--step-limit", type=float, default=60.0, metavar="SECONDS",
+        help="a method whose step takes longer meets no longer row (%(default)s)",
+    )  # fmt: skip
+    _add_origin(sweep, "sweep.csv")
+    sweep.set_defaults(run=_bench_sweep)
+
     longest = bench.add_parser("longest", help="the longest packed row that this device trains on, by attention")
     longest.add_argument("--methods", nargs="+", help="names, default all")
     _add_model(longest, layers=32)
@@ -254,6 +267,25 @@ def _bench_train(args: argparse.Namespace) -> None:
             **{name: getattr(args, name) for name in names},
         )
         print("\n" + train.run(setup))
+    print(f"\nwrote {args.out}")
+
+
+def _bench_sweep(args: argparse.Namespace) -> None:
+    need(("peft",), "trl")
+    from . import sweep
+
+    names = (
+        "layers", "hidden", "heads", "intermediate", "steps", "step_limit", "device", "dtype", "out", "time_budget",
+        "commit", "command",
+    )  # fmt: skip
+    with refusals():
+        setup = sweep.Setup(
+            tasks=tuple(args.tasks or sweep.TASKS),
+            lengths=tuple(args.lengths or sweep.LENGTHS),
+            methods=tuple(args.methods or sweep.METHODS),
+            **{name: getattr(args, name) for name in names},
+        )
+        print("\n" + sweep.run(setup))
     print(f"\nwrote {args.out}")
 
 

@@ -106,16 +106,8 @@ def run(setup: Setup) -> str:
 def build_model(setup: Setup) -> Any:
     """A PEFT model with random weights, made on its device."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, LlamaConfig
 
-    config = LlamaConfig(
-        vocab_size=setup.vocab_size, hidden_size=setup.hidden, intermediate_size=setup.intermediate,
-        num_hidden_layers=setup.layers, num_attention_heads=setup.heads, num_key_value_heads=setup.heads,
-        max_position_embeddings=1 << 20,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device(setup.device):
-        causal = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=getattr(torch, setup.dtype))
+    causal = build_llama(setup)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     model = get_peft_model(causal, LoraConfig(r=8, lora_alpha=16, target_modules=targets))
     for parameter_name, parameter in model.named_parameters():
@@ -123,8 +115,28 @@ def build_model(setup: Setup) -> Any:
             parameter.data = parameter.data.to(causal.dtype)
         if "lora_B" in parameter_name:
             parameter.data.normal_(0, 0.02)  # zeros would leave half of the gradients zero
+    return model
+
+
+def build_llama(setup: Setup, reward: bool = False) -> Any:
+    """A Llama with random weights, made on its device, that recomputes every layer in the backward.
+
+    Args:
+        reward: with a head of one score in place of a vocabulary.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=setup.vocab_size, hidden_size=setup.hidden, intermediate_size=setup.intermediate,
+        num_hidden_layers=setup.layers, num_attention_heads=setup.heads, num_key_value_heads=setup.heads,
+        max_position_embeddings=1 << 20, **({"num_labels": 1} if reward else {}),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    with torch.device(setup.device):
+        model = auto.from_config(config, attn_implementation="sdpa", dtype=getattr(torch, setup.dtype))
     model.train()
-    causal.gradient_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 

@@ -118,7 +118,7 @@ class Step:
         ).last_hidden_state
         # The last token of a document predicts nothing.
         inner = (self._position_ids[:, 1:] != 0)[0].nonzero()[:, 0]
-        return -_token_log_probs(model, hidden[0, inner], self._packed[0, inner + 1]).mean()
+        return -token_log_probs(_head(model), hidden[0, inner], self._packed[0, inner + 1]).mean()
 
     @property
     def _given(self) -> Rows:
@@ -137,7 +137,7 @@ class Step:
         """float32 ``[N, L - 1]``, 0 outside the answers."""
         hidden, ids = self._hidden(model)[:, :-1], self._given.input_ids[:, 1:]
         mask = self._given.completion_mask[:, 1:].bool()
-        found = _token_log_probs(model, hidden[mask], ids[mask])
+        found = token_log_probs(_head(model), hidden[mask], ids[mask])
         return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, found)
 
 
@@ -145,9 +145,13 @@ def backbone(model: Any) -> Any:
     return model.get_base_model().model
 
 
-def _token_log_probs(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
-    """float32 ``[T]`` of hidden states ``[T, H]``."""
-    weight = model.get_base_model().lm_head.weight
+def _head(model: Any) -> Tensor:
+    weight: Tensor = model.get_base_model().lm_head.weight
+    return weight
+
+
+def token_log_probs(weight: Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
+    """float32 ``[T]`` of hidden states ``[T, H]`` under a head ``[vocabulary, H]``, which is recomputed in chunks."""
 
     def chunk(h: Tensor, y: Tensor) -> Tensor:
         logits = (h @ weight.T).float()
