@@ -150,7 +150,9 @@ class _Progress:
 
     def _given_up(self, task: str, tokens: int, method: str) -> bool:
         """A shorter row failed or took longer than the limit."""
-        shorter = [r for r in self.rows if (r["task"], r["method"]) == (task, method) and int(str(r["tokens"])) < tokens]
+        shorter = [
+            r for r in self.rows if (r["task"], r["method"]) == (task, method) and int(str(r["tokens"])) < tokens
+        ]
         return any(r["note"] or float(str(r["seconds"])) > self._setup.step_limit for r in shorter)
 
     def affordable(self, task: str, tokens: int, method: str) -> bool:

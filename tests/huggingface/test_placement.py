@@ -78,10 +78,10 @@ def quantized(implementation):
 
 
 def seen_dtypes(monkeypatch):
-    seen, real = [], attention.flashmask_attention
+    seen, real = [], attention.attention_of_heads
     monkeypatch.setattr(
         attention,
-        "flashmask_attention",
+        "attention_of_heads",
         lambda q, k, v, *a, **o: seen.append((q.dtype, k.dtype, v.dtype)) or real(q, k, v, *a, **o),
     )
     return seen
