@@ -82,7 +82,9 @@ def add_bench(commands: Any) -> None:
     _add_origin(train, "train.csv")
     train.set_defaults(run=_bench_train)
 
-    sweep = bench.add_parser("sweep", help="the paper's training steps against the length of a row; goes on where it was")
+    sweep = bench.add_parser(
+        "sweep", help="the paper's training steps against the length of a row; goes on where it was"
+    )
     sweep.add_argument("--tasks", nargs="+", help="of sft, lora, dpo, rm; default all")
     sweep.add_argument("--lengths", type=positive, nargs="+", help="tokens a row (4096, 8192, ... 524288)")
     sweep.add_argument("--methods", nargs="+", help="names, default all")
