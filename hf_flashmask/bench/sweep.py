@@ -11,7 +11,6 @@ Source: arXiv 2410.01359, section 5.1 and its appendix (there 32 GPUs, here one;
 from __future__ import annotations
 
 import copy
-import gc
 import math
 import statistics
 import sys
@@ -315,7 +314,6 @@ def _measure(
         trainee.optimizer.zero_grad(set_to_none=True)
         if entry.note:
             return
-        gc.collect()
         if cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -380,7 +378,9 @@ def summary(rows: Sequence[Mapping[str, object]]) -> str:
         return f"{ours / theirs:.2f}" if ours and theirs else "-"
 
     tasks, methods = list(TASKS), list(METHODS)
-    ordered = sorted(rows, key=lambda r: (tasks.index(r["task"]), int(str(r["tokens"])), methods.index(r["method"])))
+    ordered = sorted(
+        rows, key=lambda r: (tasks.index(str(r["task"])), int(str(r["tokens"])), methods.index(str(r["method"])))
+    )
     body = [
         [
             f"{r['task']} {int(str(r['tokens'])):,}", str(r["method"]), str(r["seconds"] or r["note"])[:40],

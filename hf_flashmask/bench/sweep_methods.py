@@ -147,12 +147,13 @@ def _varlen_attention(
     from torch.nn.attention import varlen
 
     # torch 2.10 says causal by a flag and has one scale, 2.11 and later by a window.
-    known = inspect.signature(varlen.varlen_attn).parameters
+    attend: Any = varlen.varlen_attn
+    known = inspect.signature(attend).parameters
     causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     if "scale" in known:
         causal["scale"] = scaling
     elif scaling != query.shape[-1] ** -0.5:
         raise NotImplementedError(f"torch {torch.__version__} has varlen attention of one scale, got {scaling}")
     tokens = (t[0].transpose(0, 1) for t in (query, key, value))  # [S, H, D]
-    out = varlen.varlen_attn(*tokens, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **causal)
+    out: Tensor = attend(*tokens, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **causal)
     return out[None], None

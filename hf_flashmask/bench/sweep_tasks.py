@@ -65,7 +65,7 @@ class PackedRow:
         self.visible = visible_pairs(row) / self.tokens**2
         generator = torch.Generator().manual_seed(seed)
         self.input_ids = torch.randint(1, vocab_size, (1, self.tokens), generator=generator).to(device)
-        positions, source, target, answer, last = [], [], [], [], []
+        positions, source, target, answer, last = [], [], [], [], list[int]()
         at = 0
         for q in row:
             positions.append(torch.arange(q.prompt))
@@ -106,8 +106,8 @@ def loss(task: str, row: PackedRow, hidden: Hidden, model: Any, reference: Any |
 
 
 def _dpo(row: PackedRow, hidden: Hidden, model: Any, weight: Tensor, reference: Any) -> Tensor:
-    """The sigmoid loss, the first answer preferred to the second, and the first one's negative log-likelihood beside it:
-    a policy that still equals its reference has ln 2 in the former whatever attention computes."""
+    """The sigmoid loss, the first answer preferred to the second, and the first one's negative log-likelihood beside
+    it: a policy that still equals its reference has ln 2 in the former whatever attention computes."""
     with torch.no_grad():
         base = row.log_probs(reference.get_output_embeddings().weight, hidden(reference))
     policy = row.log_probs(weight, hidden(model))

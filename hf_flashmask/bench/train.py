@@ -129,8 +129,9 @@ def build_llama(setup: Setup, reward: bool = False) -> Any:
     config = LlamaConfig(
         vocab_size=setup.vocab_size, hidden_size=setup.hidden, intermediate_size=setup.intermediate,
         num_hidden_layers=setup.layers, num_attention_heads=setup.heads, num_key_value_heads=setup.heads,
-        max_position_embeddings=1 << 20, **({"num_labels": 1} if reward else {}),
+        max_position_embeddings=1 << 20,
     )  # fmt: skip
+    config.num_labels = 1  # of a reward model
     torch.manual_seed(0)
     auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     with torch.device(setup.device):
