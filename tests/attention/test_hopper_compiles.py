@@ -74,8 +74,8 @@ def machine_code(cubin, folder):
     return subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True, timeout=120).stdout
 
 
-# What it is compiled for, and the bytes of stack a thread, which is where registers spill to: forward, backward. At head
-# dim 64 the forward has 112 registers a thread; Triton 3.9 spills some between pieces of work, 3.6 none.
+# What it is compiled for, and the bytes of stack a thread, which is where registers spill to: forward, backward. The
+# forward at head dim 64 has 112 registers a thread; Triton 3.9 spills some between pieces of work, 3.6 none.
 CASES = {
     "128, 4 bounds": ({"vectors": 4}, 0, 248),
     "128, causal": ({"causal": True, "vectors": 1}, 0, 248),

@@ -75,6 +75,12 @@ def test_masks_a_head():
         check(random_mask(200, 330, causal=causal, vectors=vectors, heads=heads), kv_heads=2, batch=3)
 
 
+def test_more_work_than_multiprocessors():
+    """A program takes piece after piece, of several rows of the batch and heads."""
+    for d in (64, 128):
+        check(document(1001), heads=32, kv_heads=8, batch=3, d=d, dv=d)
+
+
 def test_rows_and_columns_that_see_nothing():
     mask = masks.document(lengths=[500])
     bounds = mask.bounds.clone()
