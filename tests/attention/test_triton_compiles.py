@@ -164,6 +164,7 @@ def decode_launches(monkeypatch, capability, dtype, head_dim, causal, vectors, q
 
     monkeypatch.setattr(decode_launch, "_run", run)
     monkeypatch.setattr(decode_launch, "has_pdl", lambda device: capability >= (9, 0))
+    decode_launch._launch.cache_clear()
     monkeypatch.setattr(launch, "_device", lambda device: (capability, ROOM[capability]))
     mask = ColumnMask(torch.zeros(2, 1, vectors, 4096, dtype=torch.int32), causal=causal, q_len=q_len)
     q, k, v = (torch.zeros(2, n, h, head_dim, dtype=dtype) for n, h in ((q_len, 8), (4096, 2), (4096, 2)))

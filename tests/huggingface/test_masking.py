@@ -70,13 +70,22 @@ def test_caches(name, monkeypatch):
         {"q_length": 1, "q_offset": 10, "attention_mask": grown},
         {"q_length": 1, "kv_length": 4, "q_offset": 10, "kv_offset": 7, "attention_mask": grown},
         {"q_length": 3, "kv_length": 6, "q_offset": 8, "kv_offset": 5},
+        {"q_length": 1, "q_offset": 10},
+        {"q_length": 1, "kv_length": 4, "q_offset": 10, "kv_offset": 7},
+        {"q_length": 1, "kv_length": 5, "q_offset": 10, "kv_offset": 6},
     ]
     if "padding" not in name and "image" not in name:
         cases.append({"q_length": 3, "kv_length": 20, "q_offset": torch.tensor(8), "attention_mask": grown})
         cases.append({"q_length": N, "kv_length": 20, "q_offset": 0})
+        cases.append({"q_length": 1, "kv_length": 20, "q_offset": torch.tensor(8)})
+    known = []
     for case in cases:
         ours, dense = both(FUNCTIONS[name], **case)
         assert torch.equal(ours.to_dense().expand_as(dense), dense), case
+        assert dense[..., : ours.full_prefix].all(), case
+        known.append(ours.full_prefix)
+    expected = {"causal": [0, 0, 0, 4, 11, 4, 5, 0, 1, 0], "window": [0, 0, 0, 0, 0, 4, 0, 0, 0, 0]}
+    assert known == expected.get(name, [0] * len(known))
 
 
 def test_any_combination():

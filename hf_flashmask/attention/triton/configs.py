@@ -48,6 +48,9 @@ _HOPPER = {
     ("dq", 128): [Config(64, 64, 4, 3, 2, in_registers=True), Config(64, 32, 4, 2)],
     ("dkdv", 64): [Config(64, 64, 4, 3), Config(64, 64, 4, 2)],
     ("dkdv", 128): [Config(64, 64, 4, 2, 1), Config(32, 64, 4, 2)],
+    # One program a multiprocessor: more blocks under way in it.
+    ("decode", 128): [Config(16, 64, 4, 4), Config(16, 32, 4, 3)],
+    ("draft", 128): [Config(64, 64, 4, 4), Config(32, 32, 4, 3)],
 }
 # By padded head dim, from the largest blocks to the smallest; what fits first is taken.
 _PORTABLE = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import operator
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -28,6 +29,8 @@ from .launch import LOG2E, has_pdl, multiprocessors, positive_scale, precision, 
 MAX_Q_LEN = 16
 # Fewest blocks of keys in a split, and most splits of what fills the device without.
 _LEAST_BLOCKS, _MOST_SPLITS = 4, 8
+# Stages where two programs share a multiprocessor (see ``_launch``).
+_SHARED_STAGES = 3
 # Blocks of keys that a program looks at together: at most the 16 that its bits are for.
 BLOCKS = 16
 # Partial results that the second kernel loads at once, few or many.
@@ -58,6 +61,8 @@ def start(
     results: list[tuple[Tensor, Tensor]] = []
 
     def run(config: Config) -> None:
+        if bounds.shape[0] > 1:
+            config = config._replace(num_stages=min(config.num_stages, _SHARED_STAGES))
         plan = Plan(config, q, k, v, bounds, mask, softmax_scale, softcap, sinks, block_table)
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
         out = plan.again(q, k, v, sinks, lse) if plan.repeatable else None
@@ -149,7 +154,10 @@ class Plan:
             vectors, per_row, masks_b > 1, bool(softcap), block_table is not None, q.dtype,
             None if sinks is None else sinks.dtype, q.device, precision(q.dtype),
         )  # fmt: skip
-        strides = [t.stride(d) if t.shape[d] > 1 else 0 for t in (q, k, v) for d in (0, 2, 1)]
+        strides: list[int] = []
+        for t in (q, k, v):
+            shape, stride = t.shape, t.stride()
+            strides += (stride[d] if shape[d] > 1 else 0 for d in (0, 2, 1))
         divisor = (heads, group, -(-(1 << INVERSE_BITS.value) // group))
         self._rest = (
             *strides,
@@ -168,8 +176,8 @@ class Plan:
         self._bounds = (bounds.data_ptr(), (bounds if block_table is None else block_table).data_ptr())
         self._decode: CompiledKernel | None = None
         self._combine: CompiledKernel | None = None
-        aligned = all(s % 16 == 0 and s < 2**31 for s in strides) and not any(at % 16 for at in self._bounds)
-        if aligned and bounds.numel() < 2**31:
+        every_bit = functools.reduce(operator.or_, (*strides, *self._bounds))
+        if every_bit % 16 == 0 and max(*strides, bounds.numel()) < 2**31:
             self._decode, self._combine = _compiled.get(launch.key), _compiled.get(launch.combine_key)
         else:
             self._launch = launch._replace(key=None)

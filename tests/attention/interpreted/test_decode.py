@@ -15,6 +15,11 @@ def _small(kernels, monkeypatch):
     """Blocks of 16 rows and 16 keys, two looked at together, so that few keys make several splits of several looks."""
     monkeypatch.setattr(decode_launch, "BLOCKS", 2)
     monkeypatch.setattr(decode_launch, "_COMBINED", (2,))
+    monkeypatch.setattr(decode_launch, "_LEAST_BLOCKS", 2)
+    monkeypatch.setattr(decode_launch, "multiprocessors", lambda device: 8)
+    decode_launch._launch.cache_clear()
+    yield
+    decode_launch._launch.cache_clear()
 
 
 def tree():
@@ -128,6 +133,40 @@ def test_static_caches_are_not_copied(monkeypatch):
     for name, t in (("k", k), ("v", v), ("bounds", mask.bounds)):
         assert seen[name].data_ptr() == t.data_ptr()
     assert (seen["k_sb"], seen["k_sh"], seen["k_ss"]) == (0, 64 * 16, 16)
+
+
+@pytest.mark.parametrize(("kv_len", "kernels"), [(9, 1), (300, 2)])  # one split, many
+@torch.no_grad()
+def test_layers_alike_are_launched_alike(kv_len, kernels, monkeypatch):
+    """A call like the one before it hands the kernels what that one did, but for the addresses; others start anew."""
+    first, again = [], []
+    monkeypatch.setattr(decode_launch, "_run", lambda kernel, *rest: first.append(rest) or kernel)
+    monkeypatch.setattr(decode_launch, "_start", lambda kernel, grid, stream, given: again.append((grid, given)))
+    monkeypatch.setattr(decode_launch, "_current_stream", lambda: lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    mask = masks.causal(kv_len, q_len=2)
+
+    def layer(heads=4, skip=0, **options):
+        q, k, v = (torch.randn(2, n, h, 16).half() for n, h in ((2, heads), (kv_len, 2), (kv_len, 2)))
+        q = torch.cat((q.flatten(), q.flatten()))[skip:][: q.numel()].view(q.shape)
+        given = [q, k, v, mask.bounds, mask.bounds, torch.randn(heads)]
+        flashmask_attention(q, k, v, mask, sinks=given[-1], backend="triton", **options)
+        return [t.data_ptr() for t in given]
+
+    layer()
+    assert (len(first), len(again)) == (kernels, 0)
+    *inputs, sinks = layer()
+    assert (len(first), len(again)) == (kernels, kernels)
+    assert list(again[0][1][:5]) == inputs
+    for (grid, _, before, *_), (same_grid, after), at in zip(first, again, (8, 3), strict=False):
+        assert grid == same_grid
+        assert after[at] == sinks
+        assert before[at + 1 :] == after[at + 1 :]
+    expected = kernels
+    for other in ({"skip": 1}, {"heads": 8}, {"softcap": 3.0}, {"softmax_scale": 0.5}):
+        layer(**other)
+        expected += kernels
+        assert len(first) == expected, other
 
 
 def test_splits_fill_the_device():
