@@ -162,3 +162,50 @@ def test_what_the_readme_says_of_hopper():
         ends += [f"{min(ratios):.2f}", f"{max(ratios):.2f}"]
     text = (ROOT / "README.md").read_text().replace("\n", " ")
     assert "the forward is {} to {} times as fast, the backward {} to {} times".format(*ends) in text
+
+
+def test_the_inference_table():
+    ms: dict[tuple[str, int, int], dict[str, float]] = {}
+    share = []
+    for r in records.read(ROOT / "docs" / "benchmarks" / "h200_infer.csv"):
+        case, batch, keys = r["case"], int(r["batch"]), int(r["kv_len"])
+        if r["ms"]:
+            ms.setdefault((case, batch, keys), {})[r["method"]] = float(r["ms"])
+            assert float(r["error"]) < 0.05
+        if (case, r["method"]) == ("decode", "flashmask") and batch >= 16 and keys >= 8192:
+            share.append(float(r["gb_per_s"]) / float(r["copy_gb_per_s"]))
+    text = (ROOT / "README.md").read_text()
+    for case, digits in (
+        ("generate_dynamic", 2), ("generate_static", 2), ("prefill_documents", 3), ("prefill_window", 3)
+    ):  # fmt: skip
+        (found,) = (times for key, times in ms.items() if key[0] == case)
+        dense, ours = found["sdpa"], found["flashmask"]
+        row = f"| {dense / 1e3:.{digits}f} s | **{ours / 1e3:.{digits}f} s** ({dense / ours:.2f}x) |"
+        assert row in text, case
+
+    def range_of(case):
+        others = {key: min(t for m, t in of.items() if m != "flashmask") for key, of in ms.items() if len(of) > 1}
+        gains = [others[key] / ms[key]["flashmask"] for key in others if key[0] == case]
+        return f"{min(gains):.2f} to {max(gains):.2f}"
+
+    said = text.replace("\n", " ")
+    assert f"{range_of('decode')} times the speed of sdpa" in said
+    assert f"at {min(share):.2f} to {max(share):.2f} of the bandwidth of a copy" in said
+    assert f"{range_of('decode_padded')} times with left padding, {range_of('decode_static')} times in a static" in said
+    assert f"{range_of('tree')} times FlexAttention" in said
+
+
+def test_continuous_batching():
+    rows = records.read(ROOT / "docs" / "benchmarks" / "h200_serving.csv")
+    speed = {(r["dtype"], r["method"], r["cuda_graphs"]): float(r["tokens_per_s"]) for r in rows}
+    dense, ours, graphs = (
+        speed["bfloat16", method, captured]
+        for method, captured in (("sdpa", "none"), ("flashmask", "none"), ("flashmask", "decode"))
+    )
+    text = (ROOT / "README.md").read_text()
+    assert f"new tokens a second | {dense:.0f} | **{ours:,.0f}** ({ours / dense:.2f}x) |" in text
+    assert f"in CUDA graphs | - | **{graphs:,.0f}** |" in text
+    exact = [r for r in rows if r["dtype"] == "float32"]
+    assert [r["same"] for r in exact] == ["64", "64"]  # requests answered as under sdpa
+    gain = speed["float32", "flashmask", "none"] / speed["float32", "sdpa", "none"]
+    assert f"{gain:.2f} times sdpa's throughput" in (ROOT / "docs" / "serving.md").read_text().replace("\n", " ")
