@@ -151,7 +151,7 @@ def test_lengths_batches_and_heads_compile_nothing_new():
         mask = masks.causal(kv_len, q_len=q_len, device="cuda")
         attend(torch.randn(batch, q_len, heads, 128, dtype=BF16, device="cuda"), *cache(batch, kv_len, kv_heads), mask)
 
-    for kv_len in (20, 1000, 70000):  # one split, few, many
+    for kv_len in (20, 2000, 70000):  # one split, few, many
         run(kv_len)
     before = compiled()
     assert decode_launch._compiled  # launched by key from the second time on
