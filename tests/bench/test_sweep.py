@@ -10,6 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from hf_flashmask import masks
 from hf_flashmask.bench import records, sweep, sweep_methods, sweep_tasks, train
 from hf_flashmask.bench.distributions import Question
+from hf_flashmask.cli import main
 
 pytest.importorskip("peft")
 SMALL = {"layers": 2, "hidden": 64, "heads": 4, "intermediate": 96, "vocab_size": 512, "device": "cpu", "steps": 1}
@@ -192,9 +193,10 @@ def test_memory_that_runs_out_and_wrong_results(tmp_path, monkeypatch):
     assert wrong["tokens"] == "256"  # and no longer row after it
 
 
-def test_budget_and_refusals(tmp_path):
-    text = sweep.run(setup(tmp_path, tasks=("lora",), time_budget=0.0))
-    assert "left out: lora 256 sdpa" in text
+def test_budget_and_refusals(tmp_path, capsys):
+    out = ["--out", str(tmp_path / "sweep.csv")]
+    main(["bench", "sweep", "--device", "cpu", "--tasks", "lora", "--lengths", "256", "--time-budget", "0", *out])
+    assert "left out: lora 256 sdpa, lora 256 flex" in capsys.readouterr().out
     assert not (tmp_path / "sweep.csv").read_text().splitlines()[1:]
     sweep.run(setup(tmp_path, tasks=("lora",), methods=("sdpa",), step_limit=1e-6))
     assert [r["tokens"] for r in records.read(tmp_path / "sweep.csv")] == ["256"]
