@@ -2,61 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import sparsity
+from . import plots_inference, plots_lengths, sparsity
 from .convergence import gap
+from .plot_style import INK, METHODS, OURS, Row, Untimed, origin, plain, timed
 from .records import Refusal, read
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Row = Mapping[str, str]
-
 PASSES = {"fwd": "forward", "bwd": "backward"}
-# Okabe and Ito's colours, which stay apart for colour-blind readers; hatches for those who print.
-_OURS = "#0072b2"
 _COLORS = ("#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#7f7f7f")
 _HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo")
-_INK = "#333a41"
 _GAP = 0.9  # between groups of bars, in bars
 
 
 def plot(path: Path, out: Path) -> None:
-    """Draw a file of ``bench kernels``, ``sparsity``, ``convergence``, ``trainers`` or ``train``, whichever it is.
+    """Draw a file of any ``bench`` command that writes one; which, its columns tell.
 
     Raises:
-        Refusal: the file is none of these, or nothing in it was timed.
+        Refusal: the file comes from no benchmark, or nothing in it was timed.
     """
     rows = read(path)
-    if "case" in rows[0]:
-        figure = _train(rows)
-    elif "task" in rows[0]:
-        figure = _trainers(rows)
-    elif "checksum" in rows[0]:
-        figure = _convergence(rows)
-    elif "peer" in rows[0]:
-        timed = [row for row in rows if row["ms"]]
-        if not timed:
-            raise Refusal(f"nothing in {path} was timed; its notes say why")
-        figure = _sparsity(timed) if "tiles" in rows[0] else _kernels(timed)
-    else:
+    columns = rows[0].keys()
+    draw = next((draw for column, draw in _KINDS.items() if column in columns), None)
+    if draw is None:
         raise Refusal(f"{path} comes from no benchmark that has a picture")
+    try:
+        figure = draw(rows)
+    except Untimed:
+        raise Refusal(f"nothing in {path} was timed; its notes say why") from None
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out)
-
-
-def _origin(rows: Sequence[Row]) -> str:
-    """GPU and versions; several where a file holds several."""
-
-    def of(column: str) -> str:
-        return " / ".join(dict.fromkeys(row[column] for row in rows if row[column]))
-
-    parts = [of("gpu"), f"torch {of('torch')}", f"triton {of('triton')}" if of("triton") else ""]
-    return ", ".join(part for part in (*parts, f"commit {of('commit')}") if part)
 
 
 def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
@@ -66,7 +47,7 @@ def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
     styles, others = {}, 0
     for peer in peers:
         if peer == "flashmask":
-            styles[peer] = (_OURS, "")
+            styles[peer] = (OURS, "")
         else:
             styles[peer] = (_COLORS[others % len(_COLORS)], _HATCHES[(others + 1) // 2 % len(_HATCHES)])
             others += 1
@@ -77,6 +58,7 @@ def _kernels(rows: Sequence[Row]) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
+    rows = timed(rows, "ms")
     shapes = sorted({(int(row["seq_len"]), int(row["head_dim"])) for row in rows})
     # The latest measurement counts, should there be several.
     found = {(int(r["seq_len"]), int(r["head_dim"]), r["pass"], r["mask"], r["peer"]): float(r["tflops"]) for r in rows}
@@ -94,10 +76,10 @@ def _kernels(rows: Sequence[Row]) -> Figure:
                 for mask in masks
             }
             _bars(ax, values, styles)
-            ax.set_title(f"{PASSES[which]}, {shape[0]:,} tokens, head dim {shape[1]}", fontsize=11, color=_INK)
+            ax.set_title(f"{PASSES[which]}, {shape[0]:,} tokens, head dim {shape[1]}", fontsize=11, color=INK)
     handles = [Patch(facecolor=c, hatch=h, edgecolor="white", label=peer) for peer, (c, h) in styles.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=11)
-    figure.suptitle(f"Attention kernels, TFLOP/s of visible pairs (higher is better)\n{_origin(rows)}", fontsize=13)
+    figure.suptitle(f"Attention kernels, TFLOP/s of visible pairs (higher is better)\n{origin(rows)}", fontsize=13)
     return figure
 
 
@@ -113,35 +95,36 @@ def _bars(ax: Axes, values: Mapping[str, Mapping[str, float]], styles: Mapping[s
     names = [name.replace("_", " ") for name in values]
     ax.set_xticks(centers, names, rotation=32, ha="right", rotation_mode="anchor", fontsize=9)
     ax.set_xlim(-_GAP, left)
-    ax.set_ylabel("TFLOP/s", color=_INK)
-    _plain(ax)
+    ax.set_ylabel("TFLOP/s", color=INK)
+    plain(ax)
     ax.tick_params(axis="x", length=0)
 
 
 def _sparsity(rows: Sequence[Row]) -> Figure:
     from matplotlib.figure import Figure
 
+    rows = timed(rows, "ms")
     figure = Figure(figsize=(10.5, 4.9), dpi=150, layout="constrained")
     for ax, (which, title) in zip(figure.subplots(1, 2), PASSES.items(), strict=True):
         tiles, ms = sparsity.points(rows, which)
-        ax.scatter(tiles, ms, s=26, color=_OURS, zorder=3, label="one mask")
+        ax.scatter(tiles, ms, s=26, color=OURS, zorder=3, label="one mask")
         if len(set(tiles)) > 1:
             line = sparsity.fit(tiles, ms)
             ends = [0.0, max(tiles)]
             label = f"{line.slope * 1e3:.3g} µs a tile + {line.intercept:.2g} ms, R² = {line.r_squared:.4f}"
             ax.plot(ends, [line.slope * t + line.intercept for t in ends], color="#d55e00", linewidth=1.6, label=label)
-        ax.set_title(title, fontsize=11, color=_INK)
-        ax.set_xlabel("tiles of 128 x 128 with a visible pair, a head", color=_INK)
-        ax.set_ylabel("ms", color=_INK)
+        ax.set_title(title, fontsize=11, color=INK)
+        ax.set_xlabel("tiles of 128 x 128 with a visible pair, a head", color=INK)
+        ax.set_ylabel("ms", color=INK)
         ax.set_xlim(left=0)
         ax.set_ylim(bottom=0)
         ax.xaxis.set_major_formatter("{x:,.0f}")
-        _plain(ax)
+        plain(ax)
         ax.legend(frameon=False, loc="upper left", fontsize=9.5)
     row = rows[0]
     shape = f"{int(row['seq_len']):,} tokens, {row['heads']} heads of {row['head_dim']}, batch {row['batch']}"
     figure.suptitle(
-        f"Packed causal documents of rising sparsity: {row['peer']}, {shape}\n{_origin(rows)}", fontsize=11.5
+        f"Packed causal documents of rising sparsity: {row['peer']}, {shape}\n{origin(rows)}", fontsize=11.5
     )
     return figure
 
@@ -151,8 +134,8 @@ _CURVES = {
     "sdpa": {"color": "#e69f00", "linewidth": 7.0, "alpha": 0.45},
     "eager": {"color": "#009e73", "linewidth": 3.4, "alpha": 0.8, "marker": "s", "markersize": 4},
     "sdpa math": {"color": "#cc79a7", "linewidth": 2.0, "marker": "^", "markersize": 5},
-    "flashmask": {"color": _OURS, "linewidth": 1.8, "marker": "o", "markersize": 4},
-    "flashmask again": {"color": _INK, "linewidth": 1.2, "linestyle": (0, (2, 3))},
+    "flashmask": {"color": OURS, "linewidth": 1.8, "marker": "o", "markersize": 4},
+    "flashmask again": {"color": INK, "linewidth": 1.2, "linestyle": (0, (2, 3))},
 }
 
 
@@ -175,7 +158,7 @@ def _convergence(rows: Sequence[Row]) -> Figure:
     for name, style in _CURVES.items():
         if name in curves:
             top.plot(list(curves[name]), list(curves[name].values()), label=name, **style)  # type: ignore[arg-type]
-    top.set_ylabel("training loss", color=_INK)
+    top.set_ylabel("training loss", color=INK)
     top.legend(frameon=False, fontsize=10, handlelength=3.5)
 
     base = curves.get("sdpa", {})
@@ -188,19 +171,19 @@ def _convergence(rows: Sequence[Row]) -> Figure:
             shown = [value if value > 0 else float("nan") for value in away.values()]
             bottom.plot(list(away), shown, label=label, **style)  # type: ignore[arg-type]
     bottom.set_yscale("log")
-    bottom.set_ylabel("|difference from sdpa|", color=_INK)
-    bottom.set_xlabel("step", color=_INK)
+    bottom.set_ylabel("|difference from sdpa|", color=INK)
+    bottom.set_xlabel("step", color=INK)
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     if base and len(curves) > 1:
         bottom.legend(frameon=False, fontsize=10, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     for ax in (top, bottom):
-        _plain(ax)
+        plain(ax)
     ours, again = ("flashmask", "flashmask again")
     if ours in curves and again in curves:
         same = curves[ours] == curves[again] and checksums[ours] == checksums[again]
-        top.set_title(f"flashmask twice: {'' if same else 'NOT '}bit-identical", fontsize=10.5, color=_INK)
+        top.set_title(f"flashmask twice: {'' if same else 'NOT '}bit-identical", fontsize=10.5, color=INK)
     shape = f"Llama, {row['layers']} layers x {row['hidden']}, {row['dtype']}, rows of {int(row['row_len']):,} tokens"
-    figure.suptitle(f"Packed training under several exact attentions: {shape}\n{_origin(rows)}", fontsize=11.5)
+    figure.suptitle(f"Packed training under several exact attentions: {shape}\n{origin(rows)}", fontsize=11.5)
     return figure
 
 
@@ -232,25 +215,17 @@ def _trainers(rows: Sequence[Row]) -> Figure:
         )
         away = gap(losses["flashmask"], losses["sdpa"])
         repeats = "bit-identical" if same else "NOT bit-identical"
-        ax.set_title(f"{_TASKS[task]}: at most {away:.0e} from sdpa, {repeats} twice", fontsize=10, color=_INK)
-        ax.set_xlabel("step", color=_INK)
-        ax.set_ylabel("loss", color=_INK)
-        _plain(ax)
+        ax.set_title(f"{_TASKS[task]}: at most {away:.0e} from sdpa, {repeats} twice", fontsize=10, color=INK)
+        ax.set_xlabel("step", color=INK)
+        ax.set_ylabel("loss", color=INK)
+        plain(ax)
     for ax in list(axes)[len(tasks) :]:
         ax.remove()
     figure.axes[0].legend(frameon=False, fontsize=9)
     row = rows[-1]
     shape = f"Llama of {row['layers']} layers x {row['hidden']}, float32, GSM8K"
-    figure.suptitle(f"TRL {row['trl']}'s trainers: {shape}\n{_origin(rows)}", fontsize=11.5)
+    figure.suptitle(f"TRL {row['trl']}'s trainers: {shape}\n{origin(rows)}", fontsize=11.5)
     return figure
-
-
-_METHODS = {
-    "sdpa": ("sdpa", "#e69f00", "///"),
-    "flex_attention": ("FlexAttention", "#009e73", "..."),
-    "flashmask": ("flashmask", _OURS, ""),
-    "flashmask_shared": ("flashmask, prompts shared", "#56b4e9", ""),
-}
 
 
 def _train(rows: Sequence[Row]) -> Figure:
@@ -258,9 +233,7 @@ def _train(rows: Sequence[Row]) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    found = {(r["case"], r["method"]): r for r in reversed(rows) if r["tokens_per_s"]}
-    if not found:
-        raise Refusal("nothing in the file was timed; its notes say why")
+    found = {(r["case"], r["method"]): r for r in reversed(timed(rows, "tokens_per_s"))}
     facts = {case: (case.split("_")[0], int(row["tokens"]), row["layers"]) for (case, _), row in found.items()}
     kinds = ("dpo", "reward", "grpo", "sft")
     cases = sorted(facts, key=lambda case: (kinds.index(facts[case][0]), facts[case][1]))
@@ -271,30 +244,36 @@ def _train(rows: Sequence[Row]) -> Figure:
     )
     for ax, (column, unit, label) in zip(figure.subplots(2, 1), panels, strict=True):
         for i, case in enumerate(cases):
-            methods = [method for method in _METHODS if (case, method) in found]
+            methods = [method for method in METHODS if (case, method) in found]
             for j, method in enumerate(methods):
                 value = float(found[case, method][column]) * unit
-                _, color, hatch = _METHODS[method]
+                _, color, hatch, _ = METHODS[method]
                 at = i + (j - (len(methods) - 1) / 2) * 0.26
                 ax.bar(at, value, 0.24, color=color, hatch=hatch, edgecolor="white", linewidth=0)
-                ax.annotate(f"{value:.3g}", (at, value), ha="center", va="bottom", fontsize=8, color=_INK)
+                ax.annotate(f"{value:.3g}", (at, value), ha="center", va="bottom", fontsize=8, color=INK)
         ax.set_xticks(range(len(cases)), [case.replace("_", " ") for case in cases], fontsize=9.5)
-        ax.set_ylabel(label, color=_INK)
-        _plain(ax)
+        ax.set_ylabel(label, color=INK)
+        plain(ax)
         ax.tick_params(axis="x", length=0)
-    used = [method for method in _METHODS if any(key[1] == method for key in found)]
-    handles = [Patch(facecolor=c, hatch=h, edgecolor="white", label=n) for n, c, h in (_METHODS[m] for m in used)]
+    used = [method for method in METHODS if any(key[1] == method for key in found)]
+    handles = [Patch(facecolor=c, hatch=h, edgecolor="white", label=n) for n, c, h, _ in (METHODS[m] for m in used)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=10)
     layers = {facts[case][0]: facts[case][2] for case in cases}
     shape = ", ".join(f"{kind} {n}" for kind, n in layers.items())
     title = f"Training steps of a Llama of width {rows[0]['hidden']}, LoRA, bfloat16; layers: {shape}"
-    figure.suptitle(f"{title}\n{_origin(list(found.values()))}", fontsize=11.5)
+    figure.suptitle(f"{title}\n{origin(list(found.values()))}", fontsize=11.5)
     return figure
 
 
-def _plain(ax: Axes) -> None:
-    ax.grid(axis="y", color="#d9dee3", linewidth=0.7)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color("#8a949e")
-    ax.tick_params(colors=_INK)
+# By a column that the files of one benchmark have and those of the ones below do not.
+_KINDS: dict[str, Callable[[Sequence[Row]], Figure]] = {
+    "visible": plots_lengths.sweep,
+    "fits": plots_lengths.longest,
+    "kv_len": plots_inference.infer,
+    "prompt_tokens": plots_inference.serving,
+    "case": _train,
+    "task": _trainers,
+    "checksum": _convergence,
+    "tiles": _sparsity,
+    "peer": _kernels,
+}

@@ -10,7 +10,9 @@ Source: arXiv 2410.01359, section 5.1 and its appendix (there 32 GPUs, here one;
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import math
 import statistics
 import sys
@@ -101,17 +103,28 @@ def run(setup: Setup) -> str:
     origin |= {"transformers": transformers.__version__, "peft": peft.__version__, **setup.facts}
     register()
     progress = _Progress(setup, _known(setup, origin))
-    for task in setup.tasks:
-        if progress.left(task):
-            # The limit on recompilations would leave FlexAttention uncompiled after a few lengths.
-            with torch._dynamo.config.patch(recompile_limit=64):
-                for row in _task(setup, task, progress):
-                    new = origin | row
-                    log.append([new])
-                    progress.done(new)
+    # The limit on recompilations would leave FlexAttention uncompiled after a few lengths.
+    with _quick_collections(), torch._dynamo.config.patch(recompile_limit=64):
+        for task in setup.tasks:
+            for row in _task(setup, task, progress):
+                new = origin | row
+                log.append([new])
+                progress.done(new)
+            release(setup.device)  # two models at once may be too many
     text = summary(progress.rows) if progress.rows else ""
     out_of_time = f"\nout of time; left out: {', '.join(progress.skipped)}" if progress.skipped else ""
     return text + out_of_time
+
+
+@contextlib.contextmanager
+def _quick_collections() -> Iterator[None]:
+    """Garbage is collected before every measurement; what there was before need not be looked through each time."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _known(setup: Setup, origin: Mapping[str, object]) -> list[Mapping[str, object]]:

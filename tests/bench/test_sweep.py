@@ -10,15 +10,11 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from hf_flashmask import masks
 from hf_flashmask.bench import records, sweep, sweep_methods, sweep_tasks, train
 from hf_flashmask.bench.distributions import Question
+from hf_flashmask.cli import main
 
 pytest.importorskip("peft")
 SMALL = {"layers": 2, "hidden": 64, "heads": 4, "intermediate": 96, "vocab_size": 512, "device": "cpu", "steps": 1}
 ROW = (Question(37, (11, 9)), Question(150, (30, 19)))
-
-
-@pytest.fixture(autouse=True)
-def _no_collections(monkeypatch):
-    monkeypatch.setattr(sweep, "release", lambda device: None)  # half a second each among all that a test run holds
 
 
 def setup(tmp_path, **changes):
@@ -28,11 +24,14 @@ def setup(tmp_path, **changes):
 
 def test_every_task_and_going_on(tmp_path, capsys):
     first = sweep.run(setup(tmp_path, lengths=(384,), tasks=("sft",), methods=("flash_varlen", "sdpa")))
-    table = sweep.run(setup(tmp_path))
+    table = sweep.run(setup(tmp_path, lengths=(384,)))
+    sweep.run(setup(tmp_path, tasks=("lora",)))
     rows = records.read(tmp_path / "sweep.csv")
     measured = {(r["task"], r["tokens"], r["method"]): r for r in rows if r["seconds"]}
     assert measured.keys() == {
-        (task, n, method) for task in sweep.TASKS for n in ("256", "384") for method in ("sdpa", "flashmask")
+        (task, n, method)
+        for task, n in [*((task, "384") for task in sweep.TASKS), ("lora", "256")]
+        for method in ("sdpa", "flashmask")
     }
     assert len({(r["task"], r["tokens"], r["method"]) for r in rows}) == len(rows)  # nothing twice
     for (task, tokens, method), row in measured.items():
@@ -46,9 +45,9 @@ def test_every_task_and_going_on(tmp_path, capsys):
     assert {r["task"] for r in refused if r["method"] == "flash_varlen"} == set(sweep.TASKS)
     assert "share a question" in next(r["note"] for r in refused if r["task"] == "rm" and "varlen" in r["method"])
     assert first.count("sft 384") == 2
-    assert table.count("rm 384") == 2
+    assert table.count("rm 384") == 4  # two of them refused
     assert "about 0 s left" in capsys.readouterr().err
-    sweep.run(setup(tmp_path))
+    sweep.run(setup(tmp_path, lengths=(384,)))
     assert records.read(tmp_path / "sweep.csv") == rows
     sweep.run(setup(tmp_path, tasks=("rm",), lengths=(256,), methods=("sdpa",), layers=1))
     assert len(records.read(tmp_path / "sweep.csv")) == len(rows) + 1  # another model is another sweep
@@ -192,9 +191,10 @@ def test_memory_that_runs_out_and_wrong_results(tmp_path, monkeypatch):
     assert wrong["tokens"] == "256"  # and no longer row after it
 
 
-def test_budget_and_refusals(tmp_path):
-    text = sweep.run(setup(tmp_path, tasks=("lora",), time_budget=0.0))
-    assert "left out: lora 256 sdpa" in text
+def test_budget_and_refusals(tmp_path, capsys):
+    out = ["--out", str(tmp_path / "sweep.csv")]
+    main(["bench", "sweep", "--device", "cpu", "--tasks", "lora", "--lengths", "256", "--time-budget", "0", *out])
+    assert "left out: lora 256 sdpa, lora 256 flex" in capsys.readouterr().out
     assert not (tmp_path / "sweep.csv").read_text().splitlines()[1:]
     sweep.run(setup(tmp_path, tasks=("lora",), methods=("sdpa",), step_limit=1e-6))
     assert [r["tokens"] for r in records.read(tmp_path / "sweep.csv")] == ["256"]
