@@ -174,9 +174,8 @@ def serving(rows: Sequence[Row]) -> Figure:
         ax.bar(at, speed, 0.6, color=color, hatch=hatch, edgecolor="white", linewidth=0)
         memory = f"\n{int(row['peak_mib']) / 1024:.1f} GiB" if row["peak_mib"] else ""
         ax.annotate(f"{speed:,.0f}{memory}", (at, speed), ha="center", va="bottom", fontsize=9.5, color=INK)
-    names = [
-        METHODS.get(method, (method,))[0] + ("\nCUDA graphs" if graphs == "True" else "") for method, graphs in found
-    ]
+    captured = {"decode": "\nCUDA graphs of decoding", "all": "\nCUDA graphs"}
+    names = [METHODS.get(method, (method,))[0] + captured.get(graphs, "") for method, graphs in found]
     ax.set_xticks(range(len(found)), names)
     ax.set_ylabel("new tokens a second; growth of peak memory", color=INK)
     ax.margins(y=0.15)

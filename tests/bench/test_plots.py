@@ -78,8 +78,8 @@ def test_infer_and_serving(tmp_path):
     common = dict.fromkeys(plots_inference._SERVING_SETUP, "1")
     given = rows(
         serving.COLUMNS, common,
-        {"method": "sdpa", "tokens_per_s": 20, "cuda_graphs": False, "peak_mib": 2048},
-        {"method": "flashmask", "tokens_per_s": 90, "cuda_graphs": True},
+        {"method": "sdpa", "tokens_per_s": 20, "cuda_graphs": "none", "peak_mib": 2048},
+        {"method": "flashmask", "tokens_per_s": 90, "cuda_graphs": "decode"},
     )  # fmt: skip
     (ax,) = plots_inference.serving(given).axes
     assert [patch.get_height() for patch in ax.patches] == [20, 90]
