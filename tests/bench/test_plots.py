@@ -83,7 +83,7 @@ def test_infer_and_serving(tmp_path):
     )  # fmt: skip
     (ax,) = plots_inference.serving(given).axes
     assert [patch.get_height() for patch in ax.patches] == [20, 90]
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["sdpa", "flashmask\nCUDA graphs"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["sdpa", "flashmask\nCUDA graphs of decoding"]
 
     log = records.Log(tmp_path / "serving.csv", serving.COLUMNS)
     log.append(rows(serving.COLUMNS, common, {"method": "sdpa", "note": "RuntimeError"}))
