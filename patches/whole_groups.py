@@ -3,7 +3,7 @@
 GRPO and RLOO score a generation batch as a whole, then shuffle it row by row and split it into micro-batches
 (``_prepare_inputs``, read in TRL 1.16.0), which scatters the completions of a prompt. Here blocks of rows are
 shuffled instead: as many rows as divide both a micro-batch and a group, so that a block is of one prompt and in one
-micro-batch.
+micro-batch. As many random numbers are drawn, so that the same seed gives the same completions.
 
 The estimator stays what it is. Advantages are made before the shuffle. Every row is in one micro-batch of the
 generation batch, and in any of them with the same probability, as before. Where an optimizer step spans the
@@ -76,7 +76,8 @@ def shuffle_blocks(batch: dict[str, Any], block: int) -> dict[str, Any]:
     rows = next(len(v) for v in batch.values() if not _has_no_rows(v))
     if rows % block:
         raise ValueError(f"batch must have a multiple of {block} rows, got {rows}")
-    order = (torch.randperm(rows // block)[:, None] * block + torch.arange(block)).flatten()
+    drawn = torch.randperm(rows)  # as the stock shuffle: what is drawn later, completions too, stays as it was
+    order = (drawn[drawn % block == 0][:, None] + torch.arange(block)).flatten()
 
     def permuted(value: Any) -> Any:
         if _has_no_rows(value):

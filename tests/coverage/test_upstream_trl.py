@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("trl")
-from transformers import AttentionInterface, PreTrainedModel, Trainer
+from transformers import AttentionInterface, AutoTokenizer, PreTrainedModel, Trainer
 from trl import DPOConfig, DPOTrainer
 
 from hf_flashmask.coverage.upstream_trl import report, standins
@@ -70,22 +70,29 @@ def test_a_checkout(pytester, monkeypatch):
     monkeypatch.setattr(standins, "MODELS", {name: standins.MODELS[name]})
     monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
     standins.build(checkout, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder / standins.OWNER / name)
+    assert len(tokenizer) > standins.VOCABULARY
+    assert max(tokenizer("this one").input_ids) < 2048
+    assert tokenizer.decode([standins.VOCABULARY - 1]) == f" #{standins.VOCABULARY - 1}"  # what a model may draw
     monkeypatch.chdir(folder)
 
     before = _touched()
     records = {}
     for mode in ("stock", "shared"):
         out = pytester.path / f"{mode}.jsonl"
-        pytester.runpytest_inprocess(*pytest_arguments(checkout / "tests" / "test_dpo_trainer.py", mode, out))
-        assert _touched() == before
+        arguments = pytest_arguments(checkout / "tests" / "test_dpo_trainer.py", mode, out)
+        for part in ("test_lost", ""):  # the second goes on where the first ended
+            pytester.runpytest_inprocess(*arguments, "-k", part)
+            assert _touched() == before
         records[mode] = _read([out])
     rows = {row.test.split("::")[-1]: row for row in report.compare(records)}
+    assert [len(done) for done in records.values()] == [4, 4]
     assert len(rows) == 4
     row = rows["test_train[2]"]
     assert (row.stock, row.ours, row.shared) == ("passed", "passed", True), row
     assert row.calls == 2 * 2 * 2 * 3  # steps; micro-batches; layers; the policy, its recomputation and the reference
     assert 0 <= row.first_difference <= row.largest_difference < 1e-5
-    assert len(records["stock"][0]["losses"]) == 2
+    assert [len(record["losses"]) for record in records["stock"] if "test_train" in record["test"]] == [2]
     assert (rows["test_attention_by_name"].stock, rows["test_attention_by_name"].ours) == ("passed", "failed")
     for skipped, why in (("test_lost", "has no trl.trainer.utils.lost"), ("test_image[", "ForConditionalGeneration")):
         (row,) = (row for test, row in rows.items() if test.startswith(skipped))

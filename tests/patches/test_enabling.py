@@ -17,6 +17,7 @@ pytest.importorskip("peft")
 import peft
 import trl
 from hf_flashmask.patches.whole_groups import shuffle_blocks
+from trl.trainer.utils import shuffle_sequence_dict
 
 from tests.trl_runs import QUIET, preferences, words_tokenizer
 
@@ -150,8 +151,14 @@ def test_no_warning_and_what_is_shared_already_stays(tmp_path, caplog):
 
 def test_blocks_are_shuffled_whole():
     batch = {"rows": torch.arange(24).view(12, 2), "names": list(range(12)), "none": None, "total": torch.tensor(7)}
+    torch.manual_seed(0)
+    shuffle_sequence_dict(batch)
+    stock = torch.get_rng_state()
+    torch.manual_seed(0)
+    shuffle_blocks(batch, 4)
+    assert torch.equal(torch.get_rng_state(), stock)  # completions of the next batch are those of the stock shuffle
     orders = set()
-    for _ in range(20):
+    for _ in range(60):
         out = shuffle_blocks(batch, 4)
         assert out["none"] is None
         assert out["total"] == 7
@@ -159,6 +166,6 @@ def test_blocks_are_shuffled_whole():
         assert [n // 4 for n in out["names"]] == [n // 4 for n in out["names"][::4] for _ in range(4)]
         assert sorted(out["names"]) == list(range(12))
         orders.add(tuple(out["names"]))
-    assert len(orders) > 1
+    assert len(orders) == 6
     with pytest.raises(ValueError, match="multiple of 5 rows, got 12"):
         shuffle_blocks(batch, 5)

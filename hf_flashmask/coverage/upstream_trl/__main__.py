@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import datasets
 import transformers
 
 from . import report, standins
-from .plugin import MODES, SHARED
+from .plugin import MODES, SHARED, STOCK
 
 FILES = ("sft", "dpo", "reward", "kto", "grpo", "rloo")
 
@@ -28,14 +29,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m hf_flashmask.coverage.upstream_trl", description=__doc__)
     parser.add_argument("checkout", type=Path, help="working tree of TRL")
     parser.add_argument("--trainers", nargs="+", choices=FILES, default=list(FILES), help="default all")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default all")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="beside stock, default all")
     parser.add_argument("-k", dest="keyword", default="", help="pytest's -k, to run some of the tests")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds a test (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("trl_tests.csv"), help="CSV to write (%(default)s)")
-    parser.add_argument("--records", type=Path, help="folder that keeps a record of every test; those there are reused")
+    parser.add_argument("--records", type=Path, help="folder for a record of every test; those there are not run again")
     given = parser.parse_args(arguments)
     if not (given.checkout / "tests").is_dir():
         parser.error(f"{given.checkout} has no tests: give a working tree of https://github.com/huggingface/trl")
+    modes = dict.fromkeys((STOCK, *given.modes))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         records = given.records or folder / "records"
@@ -43,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
         wanted = [
             (mode, name, records / f"{mode}_{name}.jsonl")
             for name in given.trainers
-            for mode in given.modes
+            for mode in modes
             if not (mode == SHARED and name == "sft")  # which packs rows itself and has no patch
         ]
         missing = [run for run in wanted if not run[2].exists()]
@@ -54,11 +56,10 @@ def main(arguments: list[str] | None = None) -> None:
         for mode, name, out in missing:
             print(f"{name}: {mode}", file=sys.stderr, flush=True)
             test_file = given.checkout.resolve() / "tests" / f"test_{name}_trainer.py"
-            part = out.with_suffix(".part")
-            part.unlink(missing_ok=True)
-            run(test_file, mode, part, folder, keyword=given.keyword, timeout=given.timeout)
-            part.rename(out)
-        rows = report.compare({mode: _read(r for m, _, r in wanted if m == mode) for mode in given.modes})
+            run(test_file, mode, _part(out), folder, keyword=given.keyword, timeout=given.timeout)
+            if not given.keyword:
+                _part(out).rename(out)
+        rows = report.compare({mode: _read(r for m, _, r in wanted if m == mode) for mode in modes})
     report.write(given.out, rows)
     print(report.table(rows))
 
@@ -92,8 +93,14 @@ def pytest_arguments(test_file: Path, mode: str, out: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def _read(files: Any) -> list[dict[str, Any]]:
-    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+def _part(records: Path) -> Path:
+    """Where the records of a file are until all of its tests have one."""
+    return records.with_suffix(".part")
+
+
+def _read(files: Iterable[Path]) -> list[dict[str, Any]]:
+    there = (file if file.exists() else _part(file) for file in files)
+    return [json.loads(line) for file in there for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 if __name__ == "__main__":

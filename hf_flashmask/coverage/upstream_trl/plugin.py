@@ -137,6 +137,10 @@ class Judge:
                         self._replace(module, name, _absent(module.__name__, name))
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """An interrupted run goes on after the last test that it recorded."""
+        if self._out.exists():
+            recorded = {json.loads(line)["test"] for line in self._out.read_text(encoding="utf-8").splitlines()}
+            items[:] = [item for item in items if _test_name(item) not in recorded]
         for item in items:
             if (missing := _without_stand_in(item)) is not None:
                 item.add_marker(pytest.mark.skip(reason=f"no stand-in: {missing}"))

@@ -6,6 +6,7 @@ They lie in folders named like the hub's repositories. Run in the folder above, 
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -25,6 +26,8 @@ _CHATML = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _EXPERTS = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
+# Tokens that random models draw from: so many that a completion as good as never ends, which tests of TRL's count on.
+VOCABULARY = 16_384
 # type of model: (chat template of TRL's, None = ChatML; end and pad tokens; what the configuration needs besides SIZES)
 FAMILIES: dict[str, tuple[str | None, str, str, dict[str, Any]]] = {
     "cohere": ("cohere", "<|END_OF_TURN_TOKEN|>", "<PAD>", {}),
@@ -109,14 +112,27 @@ def _templates() -> dict[str, str]:
 
 
 def _tokenizer(corpus: list[str]) -> Any:
-    """Byte pairs of the corpus, and all special tokens of all families."""
+    """Byte pairs of the corpus, words up to VOCABULARY that no text has, and all special tokens of all families."""
     from hf_flashmask.bench.demo import train_tokenizer
 
     tokenizer = train_tokenizer([*corpus, *_templates().values()], vocab_size=2048)
+    tokenizer = _with_words(tokenizer, VOCABULARY)
     marks = {mark for text in _templates().values() for mark in re.findall(_MARKS, text)}
     marks |= {token for _, *ends, _ in FAMILIES.values() for token in ends}
     tokenizer.add_tokens(sorted(marks), special_tokens=True)
     return tokenizer
+
+
+def _with_words(tokenizer: Any, size: int) -> Any:
+    """The same tokens and then words up to ``size`` tokens, none of which a merge makes: read, but never written."""
+    from tokenizers import Tokenizer
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    for i in range(len(vocabulary), size):
+        vocabulary[f"Ġ#{i}"] = i  # "Ġ" is a byte-level space
+    backend = Tokenizer.from_str(json.dumps(state))
+    return type(tokenizer)(tokenizer_object=backend, pad_token=tokenizer.pad_token, eos_token=tokenizer.eos_token)
 
 
 def _model(name: str, folder: Path, tokenizer: Any) -> None:
