@@ -40,7 +40,7 @@ COLUMNS = (
 LENGTHS = tuple(4096 << i for i in range(8))
 OUT_OF_MEMORY = "out of memory"
 # Gradients of a bfloat16 model differ by a few percent between exact attentions, losses by much less.
-GRAD_TOLERANCE, LOSS_TOLERANCE = 0.2, 0.01
+GRAD_TOLERANCE, LOSS_TOLERANCE = 0.2, 0.03
 CHECKED = "layers.0.self_attn."  # the parameters whose gradients are compared: those of all layers above reach them
 Result = dict[str, object]
 
