@@ -45,12 +45,7 @@ class ColumnMask:
         TypeError, ValueError: ``bounds`` or ``q_len`` is not as described.
     """
 
-    __slots__ = ("__weakref__", "_bounds", "_cache", "_causal", "_q_len", "full_prefix")
-
-    full_prefix: int
-    """So many of the first columns are known, without a look at the bounds, to be visible to every row. What makes a
-    mask may set it, and knows it to be so; whatever is derived from a mask starts at 0, nothing known, again.
-    """
+    __slots__ = ("__weakref__", "_bounds", "_cache", "_causal", "_full_prefix", "_q_len")
 
     def __init__(self, bounds: Tensor, *, causal: bool, q_len: int | None = None) -> None:
         if not isinstance(bounds, Tensor):
@@ -72,7 +67,7 @@ class ColumnMask:
         self._causal = bool(causal)
         self._q_len = q_len
         self._cache: dict[Any, Any] = {}
-        self.full_prefix = 0
+        self._full_prefix = 0
 
     # ---- making one --------------------------------------------------------------------------------------------
 
@@ -126,6 +121,22 @@ class ColumnMask:
     @property
     def causal(self) -> bool:
         return self._causal
+
+    @property
+    def full_prefix(self) -> int:
+        """So many of the first columns are known, without a look at the bounds, to be visible to every row.
+
+        What makes a mask may set it and answers for it: kernels believe it. Whatever is derived from a mask starts at
+        0, nothing known, again.
+        """
+        return self._full_prefix
+
+    @full_prefix.setter
+    def full_prefix(self, columns: int) -> None:
+        tracing = torch.compiler.is_compiling()  # where lengths are symbols, and comparing them costs a recompilation
+        if isinstance(columns, (bool, Tensor)) or not (tracing or 0 <= columns <= self.kv_len):
+            raise ValueError(f"full_prefix must be an int from 0 to the {self.kv_len} columns, got {columns!r}")
+        self._full_prefix = columns
 
     @property
     def q_len(self) -> int:

@@ -168,3 +168,14 @@ def test_density_of_a_million_tokens():
     n = 1 << 20
     mask = masks.causal_document(lengths=[n // 4] * 4)
     assert mask.density() == pytest.approx((n // 4 + 1) / 2 / n, rel=1e-9)
+
+
+def test_the_known_prefix_is_visible_stays_with_moves_and_is_not_inherited():
+    for mask, known in ((masks.full(9, q_len=3), 9), (masks.causal(9, q_len=3), 7), (masks.causal(3, q_len=9), 0)):
+        assert mask.full_prefix == known
+        assert mask.to_dense()[..., :known].all()
+        assert (mask & mask).full_prefix == mask[:, :, :, :3].full_prefix == 0
+        assert mask.to("meta").full_prefix == known
+    for wrong in (-1, 10, True, torch.tensor(3)):
+        with pytest.raises(ValueError, match="full_prefix must be an int from 0 to the 9 columns"):
+            masks.full(9).full_prefix = wrong
