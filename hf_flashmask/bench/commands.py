@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -244,117 +245,63 @@ def _bench_convergence(args: argparse.Namespace) -> None:
         need(("matplotlib",), "bench")
     from . import convergence
 
-    names = (
-        "layers", "hidden", "heads", "intermediate", "row_len", "steps", "lr", "device", "dtype", "out", "plot",
-        "time_budget", "commit", "command",
-    )  # fmt: skip
-    with refusals():
-        setup = convergence.Setup(**{name: getattr(args, name) for name in names})
-        print("\n" + convergence.run(setup))
-    print("\n" + "\n".join(f"wrote {path}" for path in (args.out, args.plot) if path is not None))
+    _run(convergence, args)
 
 
 def _bench_train(args: argparse.Namespace) -> None:
     need(("peft",), "trl")
     from . import train, train_cases
 
-    names = (
-        "layers", "hidden", "heads", "intermediate", "scale", "steps", "device", "dtype", "out", "time_budget",
-        "commit", "command",
+    _run(
+        train, args, cases=tuple(args.cases or train_cases.CASES), methods=tuple(args.methods or train.METHODS)
     )  # fmt: skip
-    with refusals():
-        setup = train.Setup(
-            cases=tuple(args.cases or train_cases.CASES),
-            methods=tuple(args.methods or train.METHODS),
-            **{name: getattr(args, name) for name in names},
-        )
-        print("\n" + train.run(setup))
-    print(f"\nwrote {args.out}")
 
 
 def _bench_sweep(args: argparse.Namespace) -> None:
     need(("peft",), "trl")
     from . import sweep
 
-    names = (
-        "layers", "hidden", "heads", "intermediate", "steps", "step_limit", "device", "dtype", "out", "time_budget",
-        "commit", "command",
+    _run(
+        sweep, args, tasks=tuple(args.tasks or sweep.TASKS), lengths=tuple(args.lengths or sweep.LENGTHS),
+        methods=tuple(args.methods or sweep.METHODS),
     )  # fmt: skip
-    with refusals():
-        setup = sweep.Setup(
-            tasks=tuple(args.tasks or sweep.TASKS),
-            lengths=tuple(args.lengths or sweep.LENGTHS),
-            methods=tuple(args.methods or sweep.METHODS),
-            **{name: getattr(args, name) for name in names},
-        )
-        print("\n" + sweep.run(setup))
-    print(f"\nwrote {args.out}")
 
 
 def _bench_longest(args: argparse.Namespace) -> None:
     need(("peft",), "trl")
     from . import longest
 
-    names = (
-        "layers", "layers_run", "hidden", "heads", "intermediate", "document", "step", "most", "device", "dtype", "out",
-        "time_budget", "commit", "command",
-    )  # fmt: skip
-    with refusals():
-        setup = longest.Setup(
-            methods=tuple(args.methods or longest.METHODS), **{name: getattr(args, name) for name in names}
-        )
-        print("\n" + longest.run(setup))
-    print(f"\nwrote {args.out}")
+    _run(longest, args, methods=tuple(args.methods or longest.METHODS))
 
 
 def _bench_trainers(args: argparse.Namespace) -> None:
     need(("trl", "peft", "datasets", "matplotlib"), "trl,bench")
     from . import trainers
 
-    names = (
-        "layers", "hidden", "heads", "steps", "batch_size", "lr", "device", "out", "plot", "time_budget", "commit",
-        "command",
-    )  # fmt: skip
-    with refusals():
-        setup = trainers.Setup(
-            tasks=tuple(args.tasks or trainers.TASKS), **{name: getattr(args, name) for name in names}
-        )
-        print("\n" + trainers.run(setup))
-    print("\n" + "\n".join(f"wrote {path}" for path in (args.out, args.plot) if path is not None))
+    _run(trainers, args, tasks=tuple(args.tasks or trainers.TASKS))
 
 
 def _bench_serving(args: argparse.Namespace) -> None:
     from . import serving
 
-    names = (
-        "layers", "hidden", "heads", "kv_heads", "intermediate", "requests", "new_tokens", "step_tokens", "cuda_graphs",
-        "runs", "device", "dtype", "out", "commit", "command",
-    )  # fmt: skip
-    with refusals():
-        setup = serving.Setup(
-            methods=tuple(args.methods or serving.METHODS), **{name: getattr(args, name) for name in names}
-        )
-        print("\n" + serving.run(setup))
-    print(f"\nwrote {args.out}")
+    _run(serving, args, methods=tuple(args.methods or serving.METHODS))
 
 
 def _bench_infer(args: argparse.Namespace) -> None:
     from . import infer
 
-    names = (
-        "memory", "heads", "kv_heads", "head_dim", "layers", "hidden", "intermediate", "vocab_size", "prompt",
-        "new_tokens", "prefill", "window", "steps", "device", "dtype", "backend", "out", "time_budget", "commit",
-        "command",
+    _run(
+        infer, args, cases=tuple(args.cases or infer.CASES), batches=tuple(args.batches), lengths=tuple(args.lengths)
     )  # fmt: skip
+
+
+def _run(benchmark: Any, args: argparse.Namespace, **chosen: Any) -> None:
+    """Run a benchmark's module: its ``Setup`` takes what it has fields for from the arguments, but for ``chosen``."""
+    given = {field.name: getattr(args, field.name) for field in fields(benchmark.Setup) if hasattr(args, field.name)}
     with refusals():
-        setup = infer.Setup(
-            cases=tuple(args.cases or infer.CASES),
-            batches=tuple(args.batches),
-            lengths=tuple(args.lengths),
-            **{name: getattr(args, name) for name in names},
-        )
-        print("\n" + infer.run(setup))
-    print(f"\nwrote {args.out}")
+        print("\n" + benchmark.run(benchmark.Setup(**{**given, **chosen})))
+    written = (args.out, getattr(args, "plot", None))
+    print("\n" + "\n".join(f"wrote {path}" for path in written if path is not None))
 
 
 def _bench_plot(args: argparse.Namespace) -> None:
