@@ -61,8 +61,6 @@ def start(
     results: list[tuple[Tensor, Tensor]] = []
 
     def run(config: Config) -> None:
-        if bounds.shape[0] > 1:
-            config = config._replace(num_stages=min(config.num_stages, _SHARED_STAGES))
         plan = Plan(config, q, k, v, bounds, mask, softmax_scale, softcap, sinks, block_table)
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
         out = plan.again(q, k, v, sinks, lse) if plan.repeatable else None
@@ -149,9 +147,12 @@ class Plan:
         group = heads_q // heads
         masks_b, masks_h, vectors, _ = bounds.shape
         per_row = masks_h > heads
+        uneven = masks_b > 1
+        if uneven:
+            config = config._replace(num_stages=min(config.num_stages, _SHARED_STAGES))
         launch = self._launch = _launch(
             config, batch, q_len, heads, group, head_dim, head_dim_v, -(-kv_len // config.block_n), mask.causal,
-            vectors, per_row, masks_b > 1, bool(softcap), block_table is not None, q.dtype,
+            vectors, per_row, uneven, bool(softcap), block_table is not None, q.dtype,
             None if sinks is None else sinks.dtype, q.device, precision(q.dtype),
         )  # fmt: skip
         strides: list[int] = []
