@@ -75,6 +75,13 @@ class Processes:
         return [results[rank] for rank in range(WORLD)]
 
 
+def own_device():
+    """Of the process that a job runs in."""
+    import torch
+
+    return "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+
+
 def _serve(rank, meeting, pipe, set_up, backend):
     os.environ.update(
         {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD)}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.distributed.processes import Processes
+from tests.distributed.processes import Processes, own_device
 from tests.huggingface.models import tiny, tokens
 
 pytest.importorskip("deepspeed", reason="needs deepspeed: pip install hf-flashmask[deepspeed]")
@@ -32,7 +32,7 @@ def start_deepspeed():
 
 def half_of_the_row(model_type, lengths):
     """Logits of this process's half, and gradients of the loss summed over both."""
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    device = own_device()
     model = tiny(model_type, "flashmask").train().to(device)
     model.gradient_checkpointing_enable()
     first = 12 * torch.distributed.get_rank()

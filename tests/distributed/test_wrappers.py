@@ -9,6 +9,7 @@ from torch.distributed.tensor.experimental import context_parallel
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_flashmask import share_prompts
+from tests.distributed.processes import own_device
 from tests.huggingface.models import tiny, tokens
 from tests.prefix_sharing.test_share import groups
 
@@ -47,7 +48,7 @@ def summed(model, labels, **inputs):
 
 def in_two(batch_of, wrapper, checkpointing, share):
     """Mean loss over the tokens of both processes, gradients as the wrapper leaves them, and tokens merged."""
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    device = own_device()
     model = tiny("llama", "flashmask").train().to(device)
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -95,14 +96,20 @@ def in_one(batch_of):
 )
 def test_loss_and_gradients(batch_of, checkpointing, share, wrapper, processes):
     results = processes.run(in_two, batch_of, wrapper, checkpointing, share)
-    loss, grads = in_one(batch_of)
-    for actual, actual_grads, merged in results:
-        assert actual == pytest.approx(loss, abs=1e-6)
-        for name, expected in grads.items():
-            assert float((actual_grads[name] - expected).norm()) <= 1e-5 * float(expected.norm()), name
+    check(results, batch_of, 1e-5, abs=1e-6)
+    for _, _, merged in results:
         assert (merged is None) == (share is None)
         if merged is not None:
             assert merged[0] < 0.6 * merged[1]
+
+
+def check(results, batch_of, tolerance, **of_loss):
+    """What both processes found, against one process on the CPU: gradients by their norms."""
+    loss, grads = in_one(batch_of)
+    for actual, actual_grads, _ in results:
+        assert actual == pytest.approx(loss, **of_loss)
+        for name, expected in grads.items():
+            assert float((actual_grads[name].cpu() - expected).norm()) <= tolerance * float(expected.norm()), name
 
 
 def test_data_parallel_is_refused():
