@@ -85,15 +85,15 @@ def _read_work(work_s, bars, turn):
 
 @gluon.jit
 def _consume(
-    team, out, lse, sinks, q_len, heads, qk_scale, cap_scale, HALF: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, NUM_BOUNDS: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
-    EARLY: gl.constexpr,
+    team, given, HALF: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    NUM_BOUNDS: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: the rows of one half of every block that the producer takes.
 
     EARLY: weights become 16 bits while the tensor cores work, at the price of registers, not after.
     """
     q_s, k_s, v_s, bounds_s, words_s, work_s, bars = team
+    out, lse, sinks, q_len, heads, qk_scale, cap_scale = given
     full, free, q_full, q_free, _, _ = bars
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
@@ -216,12 +216,12 @@ def _load_step(
 
 @gluon.jit
 def _produce(
-    team, q, k, v, bounds, spans, counts, order, counter, bounds_len, lines, capacity, heads_total, heads, group,
-    mask_stride, mask_heads,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_BOUNDS: gl.constexpr, HEAD_GROUP: gl.constexpr,
+    team, given, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_BOUNDS: gl.constexpr, HEAD_GROUP: gl.constexpr
 ):  # fmt: skip
     """The warp that takes work and loads what it needs."""
     q_s, k_s, v_s, bounds_s, _, work_s, bars = team
+    q, k, v, bounds, spans, counts, order, counter, sizes = given
+    bounds_len, lines, capacity, heads_total, heads, group, mask_stride, mask_heads = sizes
     full, free, q_full, q_free, work_full, work_free = bars
     pieces = heads_total * lines
     step = 0
@@ -337,49 +337,22 @@ def forward_kernel(
     # The first partition's registers are what is left; then warps and registers a thread of the others.
     EARLY: gl.constexpr = TEAMS == 1
     team = _team(q, k, v, bounds, BLOCK_D, BLOCK_N, STAGES, NUM_BOUNDS)
+    rows = (out, lse, sinks, q_len, heads, qk_scale, cap_scale)
+    sizes = (bounds_len, lines, capacity, heads_total, heads, group, mask_stride, mask_heads)
+    work = (q, k, v, bounds, spans, counts, order, counter, sizes)
     if TEAMS == 1:
         gl.warp_specialize([
-            (_consume, (
-                team, out, lse, sinks, q_len, heads, qk_scale, cap_scale,
-                0, BLOCK_N, BLOCK_D, STAGES, NUM_BOUNDS, SOFTCAP, SINKS, EARLY,
-            )),
-            (_consume, (
-                team, out, lse, sinks, q_len, heads, qk_scale, cap_scale,
-                1, BLOCK_N, BLOCK_D, STAGES, NUM_BOUNDS, SOFTCAP, SINKS, EARLY,
-            )),
-            (_produce, (
-                team, q, k, v, bounds, spans, counts, order, counter,
-                bounds_len, lines, capacity, heads_total, heads, group, mask_stride, mask_heads,
-                BLOCK_N, STAGES, NUM_BOUNDS, HEAD_GROUP,
-            )),
+            (_consume, (team, rows, 0, BLOCK_N, BLOCK_D, STAGES, NUM_BOUNDS, SOFTCAP, SINKS, EARLY)),
+            (_consume, (team, rows, 1, BLOCK_N, BLOCK_D, STAGES, NUM_BOUNDS, SOFTCAP, SINKS, EARLY)),
+            (_produce, (team, work, BLOCK_N, STAGES, NUM_BOUNDS, HEAD_GROUP)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         other = _team(q, k, v, bounds, BLOCK_D, BLOCK_N, STAGES, NUM_BOUNDS)
         gl.warp_specialize([
-            (_consume, (
-                team, out, lse, sinks, q_len, heads, qk_scale, cap_scale,
-                0, BLOCK_N, BLOCK_D, STAGES, NUM_BOUNDS, SOFTCAP, SINKS, EARLY,
-            )),
-            (_consume, (
-                team, out, lse, sinks, q_len, heads, qk_scale, cap_scale,
-                1, BLOCK_N, BLOCK_D, STAGES, NUM_BOUNDS, SOFTCAP, SINKS, EARLY,
-            )),
-            (_consume, (
-                other, out, lse, sinks, q_len, heads, qk_scale, cap_scale,
-                0, BLOCK_N, BLOCK_D, STAGES, NUM_BOUNDS, SOFTCAP, SINKS, EARLY,
-            )),
-            (_consume, (
-                other, out, lse, sinks, q_len, heads, qk_scale, cap_scale,
-                1, BLOCK_N, BLOCK_D, STAGES, NUM_BOUNDS, SOFTCAP, SINKS, EARLY,
-            )),
-            (_produce, (
-                team, q, k, v, bounds, spans, counts, order, counter,
-                bounds_len, lines, capacity, heads_total, heads, group, mask_stride, mask_heads,
-                BLOCK_N, STAGES, NUM_BOUNDS, HEAD_GROUP,
-            )),
-            (_produce, (
-                other, q, k, v, bounds, spans, counts, order, counter,
-                bounds_len, lines, capacity, heads_total, heads, group, mask_stride, mask_heads,
-                BLOCK_N, STAGES, NUM_BOUNDS, HEAD_GROUP,
-            )),
+            (_consume, (team, rows, 0, BLOCK_N, BLOCK_D, STAGES, NUM_BOUNDS, SOFTCAP, SINKS, EARLY)),
+            (_consume, (team, rows, 1, BLOCK_N, BLOCK_D, STAGES, NUM_BOUNDS, SOFTCAP, SINKS, EARLY)),
+            (_consume, (other, rows, 0, BLOCK_N, BLOCK_D, STAGES, NUM_BOUNDS, SOFTCAP, SINKS, EARLY)),
+            (_consume, (other, rows, 1, BLOCK_N, BLOCK_D, STAGES, NUM_BOUNDS, SOFTCAP, SINKS, EARLY)),
+            (_produce, (team, work, BLOCK_N, STAGES, NUM_BOUNDS, HEAD_GROUP)),
+            (_produce, (other, work, BLOCK_N, STAGES, NUM_BOUNDS, HEAD_GROUP)),
         ], [4, 4, 4, 1, 1], [112, 112, 112, 24, 24])  # fmt: skip
