@@ -6,17 +6,18 @@ The buffer holds blocks of 64 rows of one head, each in the order in which threa
 import triton
 import triton.language as tl
 
-from hf_flashmask.attention.triton.primitives import LENGTHS, LOG2E, load_tile, store_tile
+from hf_flashmask.attention.triton.primitives import LENGTHS, load_tile, store_tile
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def prepare_kernel(
-    out, do, lse, dlse, stats, buffer, o_sb, o_sh, o_ss, do_sb, do_sh, do_ss, q_len, heads, row_blocks,
+    out, do, lse, dlse, stats, buffer, o_sb, o_sh, o_ss, do_sb, do_sh, do_ss, q_len, heads, row_blocks, lse_scale,
     HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, DLSE: tl.constexpr,
 ):  # fmt: skip
     """``stats``, float32 ``[B * H * row_blocks, 2, BLOCK_M]``, and zeros in ``buffer`` ``[.., BLOCK_M * BLOCK_D]``.
 
-    Statistics are lse in powers of two, and delta = rowsum(out * do) - dlse.
+    Statistics are -lse * lse_scale, and -delta = dlse - rowsum(out * do): the sums
+    that they are taken from begin with them.
     """
     row = tl.program_id(0)
     bh = row // row_blocks
@@ -30,12 +31,12 @@ def prepare_kernel(
     delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
     if DLSE:
         delta -= tl.load(dlse + at, mask=m < q_len, other=0.0)
-    # Rows that see nothing have lse -inf; with +inf every weight of theirs is 0, as for rows that do not exist.
-    lse_i = tl.load(lse + at, mask=m < q_len, other=float("inf"))
-    lse_i = tl.where(lse_i == float("-inf"), float("inf"), lse_i * LOG2E)
+    # Rows that see nothing have lse -inf; it stays, and every weight of theirs is 0, as for rows that do not exist.
+    lse_i = tl.load(lse + at, mask=m < q_len, other=float("-inf"))
+    lse_i = tl.where(lse_i == float("-inf"), float("-inf"), -lse_i * lse_scale)
     stats += row.to(tl.int64) * (2 * BLOCK_M) + tl.arange(0, BLOCK_M)
     tl.store(stats, lse_i)
-    tl.store(stats + BLOCK_M, delta)
+    tl.store(stats + BLOCK_M, -delta)
     SIZE: tl.constexpr = BLOCK_M * BLOCK_D
     tl.store(buffer + row.to(tl.int64) * SIZE + tl.arange(0, SIZE), tl.zeros([SIZE], tl.float32))
 
@@ -51,7 +52,7 @@ def finish_kernel(
     SIZE: tl.constexpr = BLOCK_M * BLOCK_D
     tile = tl.load(buffer + row.to(tl.int64) * SIZE + tl.arange(0, SIZE))
     # The inverse of in_thread_order.
-    tile = tl.permute(tl.reshape(tile, (BLOCK_D // 16, 2, 4, 8, 4, 2, 2)), (2, 5, 3, 1, 0, 4, 6))
+    tile = tl.permute(tl.reshape(tile, (BLOCK_D // 8, 4, 8, 4, 2, 2)), (1, 4, 2, 0, 3, 5))
     tile = tl.reshape(tile, (BLOCK_M, BLOCK_D)) * scale
     store_tile(
         dq, tile, bh // heads, bh % heads, row % row_blocks * BLOCK_M, dq_sb, dq_sh, dq_ss, q_len, HEAD_DIM,

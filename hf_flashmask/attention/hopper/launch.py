@@ -163,16 +163,18 @@ def backward(
     with torch.cuda.device_of(q):
         prepare_kernel[(rows,)](
             out, do, lse, lse if dlse is None else dlse.contiguous(), stats, buffer, *_strides(out), *_strides(do),
+            # The scores that lse is taken from are not yet scaled, but for capped ones, which need it in powers of two.
+            lse_scale=LOG2E if softcap else 1 / softmax_scale,
             HEAD_DIM_V=head_dim_v, BLOCK_D=width, DLSE=dlse is not None, **shared,
         )  # fmt: skip
         backward_kernel[(min(multiprocessors(q.device), batch * heads_kv * lists.lines),)](
             _descriptor(q, _BACKWARD_BLOCK_M, width), _descriptor(do, _BACKWARD_BLOCK_M, width),
             TensorDescriptor(stats, list(stats.shape), [_BACKWARD_BLOCK_M, 1], [2, _BACKWARD_BLOCK_M], _STATS_LAYOUT),
-            _descriptor(k, _BLOCK_N, width), _descriptor(v, _BLOCK_N, width),
-            TensorDescriptor(buffer, list(buffer.shape), [32, 1], [_BACKWARD_BLOCK_M * width // 32, 32], _DQ_LAYOUT),
-            _descriptor(dk, _BLOCK_N, width), _descriptor(dv, _BLOCK_N, width), bounds,
+            _descriptor(k, 64, width), _descriptor(v, 64, width),
+            TensorDescriptor(buffer, list(buffer.shape), [32, 1], [128, 32], _DQ_LAYOUT),
+            _descriptor(dk, 64, width), _descriptor(dv, 64, width), bounds,
             row_blocks=row_blocks, softmax_scale=softmax_scale, BLOCK_M=_BACKWARD_BLOCK_M, BLOCK_N=_BLOCK_N,
-            ONE_MASK=heads_q // mask.shape[1] % (heads_q // heads_kv) == 0, num_warps=8,
+            ONE_MASK=heads_q // mask.shape[1] % (heads_q // heads_kv) == 0, num_warps=4,
             **_common(mask, bounds, lists, q, k, heads_kv, softmax_scale, softcap), **_tiles(width, BACKWARD_CONFIGS),
         )  # fmt: skip
         # A scale of 0 or less went into q.
@@ -183,7 +185,7 @@ def backward(
     if sinks is None:
         return dq, dk, dv, None
     delta = stats.view(batch, heads_q, row_blocks, 2, _BACKWARD_BLOCK_M)[:, :, :, 1].flatten(2)[..., :q_len]
-    return dq, dk, dv, sink_gradient(sinks, lse, delta)
+    return dq, dk, dv, sink_gradient(sinks, lse, -delta)
 
 
 def _lists(mask: ColumnMask, by_columns: bool, block_n: int = _BLOCK_N) -> TileList:
