@@ -122,10 +122,10 @@ def add_bench(commands: Any) -> None:
     _add_serving(bench)
     _add_infer(bench)
 
-    table = bench.add_parser("table", help="a Markdown table of what 'kernels' wrote")
+    table = bench.add_parser("table", help="a Markdown table of what 'kernels' or 'sweep' wrote")
     table.add_argument("csv", type=Path)
-    table.add_argument("--head-dim", type=positive, default=128, help="(%(default)s)")
-    table.add_argument("--peer", default="flex", help="to compare with (%(default)s)")
+    table.add_argument("--head-dim", type=positive, default=128, help="of kernels (%(default)s)")
+    table.add_argument("--peer", default="flex", help="to compare kernels with (%(default)s)")
     table.set_defaults(run=_bench_table)
 
     plot = bench.add_parser(
@@ -315,10 +315,14 @@ def _bench_plot(args: argparse.Namespace) -> None:
 
 
 def _bench_table(args: argparse.Namespace) -> None:
-    from . import kernels, records
+    from . import kernels, records, sweep_table
 
     with refusals():
-        print(kernels.markdown(records.read(args.csv), args.head_dim, other=args.peer))
+        rows = records.read(args.csv)
+        if "visible" in rows[0]:  # as ``plot`` knows a sweep
+            print(sweep_table.markdown(rows))
+        else:
+            print(kernels.markdown(rows, args.head_dim, other=args.peer))
 
 
 def _common(args: argparse.Namespace) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from .plot_style import INK, METHODS, Row, latest, lengths_axis, origin, plain, timed
 
@@ -77,17 +77,12 @@ def _curves(ax: Axes, rows: Sequence[Row], column: str, unit: float) -> None:
     lengths = sorted({int(row["tokens"]) for row in rows if row[column] or _out_of_memory(row)})
     lengths_axis(ax, lengths)
     crosses: dict[int, int] = {}
-    for method, (_, color, _, marker) in METHODS.items():
+    for method, (_, color, _, _) in METHODS.items():
         points = sorted(
             (int(r["tokens"]), float(r[column]) * unit) for r in rows if r["method"] == method and r[column]
         )
         if points:
-            # Curves may lie on each other, so ours is a broad one below the rest.
-            ours = method == "flashmask"
-            ax.plot(
-                *zip(*points, strict=True), color=color, marker=marker, markersize=7.5 if ours else 4.5,
-                linewidth=3.4 if ours else 1.4, zorder=2 if ours else 3,
-            )  # fmt: skip
+            ax.plot(*zip(*points, strict=True), **_line_style(method), zorder=2 if method == "flashmask" else 3)
         for tokens in (int(r["tokens"]) for r in rows if r["method"] == method and _out_of_memory(r)):
             # Crosses of several methods stand above each other, at the foot of the picture.
             above = crosses[tokens] = crosses.get(tokens, -1) + 1
@@ -99,12 +94,20 @@ def _curves(ax: Axes, rows: Sequence[Row], column: str, unit: float) -> None:
     plain(ax)
 
 
+def _line_style(method: str) -> dict[str, Any]:
+    """Curves may lie on each other, so ours is a broad one, below the rest."""
+    _, color, _, marker = METHODS[method]
+    broad = method == "flashmask"
+    return {
+        "color": color, "marker": marker, "markersize": 7.5 if broad else 4.5, "linewidth": 3.4 if broad else 1.4,
+    }  # fmt: skip
+
+
 def _legend(figure: Figure, rows: Sequence[Row], crosses: bool) -> None:
     from matplotlib.lines import Line2D
 
     used = [name for name in METHODS if any(row["method"] == name for row in rows)]
-    styles: Mapping[str, tuple[str, str, str, str]] = {name: METHODS[name] for name in used}
-    handles = [Line2D([], [], color=c, marker=m, markersize=5, label=label) for label, c, _, m in styles.values()]
+    handles = [Line2D([], [], **_line_style(name), label=METHODS[name][0]) for name in used]
     if crosses:
         handles.append(Line2D([], [], color=INK, marker="X", markersize=8, linestyle="none", label="out of memory"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=10)

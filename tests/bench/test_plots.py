@@ -2,7 +2,17 @@
 
 import pytest
 
-from hf_flashmask.bench import infer, longest, plots, plots_inference, plots_lengths, records, serving, sweep
+from hf_flashmask.bench import (
+    infer,
+    longest,
+    plots,
+    plots_inference,
+    plots_lengths,
+    records,
+    serving,
+    sweep,
+    sweep_table,
+)
 
 pytest.importorskip("matplotlib")
 
@@ -42,6 +52,12 @@ def test_sweep():
     assert lines(memory)[ours, "-"] == [(4096, 1.0), (8192, 2.0)]
     assert [x for x, _ in lines(memory)[theirs, "x"]] == [8192]
     assert [text.get_text() for text in figure.legends[0].texts] == ["sdpa", "flashmask", "out of memory"]
+    assert sweep_table.markdown(given).splitlines()[2:] == [
+        "| DPO, 4,096 tokens | 2,000 | - | - | **4,000** | 2.00x, -, - |",
+        "| DPO, 8,192 tokens | out of memory | - | - | **3,000** | -, -, - |",
+    ]
+    with pytest.raises(records.Refusal, match="nothing was timed"):
+        sweep_table.markdown(given[1:2])
 
 
 def test_longest():
