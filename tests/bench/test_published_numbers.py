@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from hf_flashmask.bench import kernels, records, sparsity
+from hf_flashmask.bench import kernels, records, sparsity, sweep, sweep_table
+from hf_flashmask.cli import main
 
 ROOT = Path(__file__).parents[2]
 METHODS = ("sdpa", "flashmask")
 KERNELS = ROOT / "docs" / "benchmarks" / "h200_kernels.csv"
+SWEEP = ROOT / "docs" / "benchmarks" / "h200_sweep.csv"
 
 
 @pytest.mark.parametrize(
@@ -96,6 +98,112 @@ def test_the_training_table():
         cells = [f"{speed[m]:,.0f}" if m in speed else "-" for m in methods]
         cells[2] = f"**{cells[2]}** ({speed[ours] / speed[than]:.2f}x {'Flex' if packed else 'sdpa'})"
         assert f"| {' | '.join(cells)} | {', '.join(memory)} GiB |" in text
+
+
+def flat(document):
+    """Its words, whatever the line breaks."""
+    return " ".join((ROOT / document).read_text().split())
+
+
+def sweep_numbers(column):
+    """By task and length, then by method."""
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    for r in records.read(SWEEP):
+        if r["seconds"]:
+            found.setdefault((r["task"], int(r["tokens"])), {})[r["method"]] = float(r[column])
+    return found
+
+
+def test_the_sweep_tables(capsys):
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    main(["bench", "table", str(SWEEP)])
+    assert capsys.readouterr().out in text
+    speed = sweep_numbers("tokens_per_s")
+    for name, method in (("flashmask", "flashmask"), ("FlexAttention", "flex_attention")):
+        at_64k = [speed.get((task, 65536), {}) for task in sweep_table.TASK_NAMES]
+        cells = [f"{of[method] / of['sdpa']:.2f}x" if {method, "sdpa"} <= of.keys() else "-" for of in at_64k]
+        assert f"| here, {name} | {' | '.join(cells)} |" in text
+
+
+def test_conditions_and_errors_of_the_sweep():
+    rows, said = records.read(SWEEP), flat("docs/benchmarks.md")
+    names = ("gpu", "torch", "triton", "transformers", "peft", "layers", "hidden")
+    (facts,) = {tuple(r[name] for name in names) for r in rows}
+    form = "{}, torch {}, triton {}, transformers {}, peft {}; {} layers of {}; one step to warm up and to check, then"
+    runs = [int(r["runs"]) for r in rows if r["seconds"]]
+    assert f"{form.format(*facts)} {min(runs)} to {max(runs)} timed ones" in said
+    assert f"(`flashmask bench sweep`, {facts[5]} layers;" in flat("README.md")
+
+    def most(method):
+        away = [(r["loss_error"], r["grad_error"]) for r in rows if r["method"] == method and r["loss_error"]]
+        loss, grad = (100 * max(map(float, errors)) for errors in zip(*away, strict=True))
+        return f"{loss:.3g} % and {grad:.3g} %"
+
+    flex, varlen = (
+        f"FlexAttention {most('flex_attention')}",
+        f"FlashAttention (SFT and LoRA alone) {most('flash_varlen')}",
+    )
+    assert f"flashmask {most('flashmask')}, {flex}, {varlen}." in said
+
+
+def test_what_the_sweep_gains():
+    speed, memory, said = sweep_numbers("tokens_per_s"), sweep_numbers("peak_mib"), flat("docs/benchmarks.md")
+
+    def longest(*methods):
+        """Row of SFT."""
+        return max(n for (task, n), of in speed.items() if task == "sft" and {"flashmask", *methods} <= of.keys())
+
+    def gains(other, tokens):
+        found = [
+            of["flashmask"] / of[other]
+            for (_, n), of in speed.items()
+            if n == tokens and {"flashmask", other} <= of.keys()
+        ]
+        return f"{min(found):.2f} to {max(found):.2f} times"
+
+    n = longest("flex_attention")
+    short, long = gains("flex_attention", 4096), gains("flex_attention", n)
+    assert f"a step is {short} as fast at 4,096 tokens and {long} at {n:,}." in said
+    n = longest("flash_varlen")
+    short, long = gains("flash_varlen", 4096), gains("flash_varlen", n)
+    assert f"level at 4,096 tokens, {short} as fast; at {n:,} {long}." in said
+    n = longest("sdpa")
+    more = memory["sft", n]["sdpa"] - memory["sft", n]["flashmask"]
+    assert f"{more / 1024:.1f} GiB more than flashmask at {n:,} tokens of SFT" in said
+
+    others = ("sdpa", "flex_attention", "flash_varlen")
+    n = longest(*others)
+    short, long = ([f"{speed['sft', m]['flashmask'] / speed['sft', m][x]:.2f}" for x in others] for m in (4096, n))
+    assert (
+        f"SFT on a packed row of {n:,} tokens makes {speed['sft', n]['flashmask']:,.0f} tokens a second: "
+        f"{long[0]} times sdpa with its dense mask, {long[1]} times FlexAttention, {long[2]} times FlashAttention "
+        f"over documents. At 4,096 tokens these are {short[0]}, {short[1]} and {short[2]} times."
+    ) in flat("README.md")
+
+
+def test_the_sweep_is_exact_and_long_rows_are_fastest_under_flashmask():
+    rows, losses = records.read(SWEEP), sweep_numbers("loss")
+    assert {r["task"] for r in rows} == set(sweep.TASKS)
+    references = []
+    for r in rows:
+        case = r["task"], int(r["tokens"])
+        if not r["seconds"]:
+            assert r["method"] != "flashmask"
+            assert not r["note"].startswith("wrong")
+        elif r["reference"]:
+            expected = losses[case][r["reference"]]
+            assert abs(float(r["loss"]) - expected) / expected == pytest.approx(float(r["loss_error"]), abs=1e-5)
+            assert float(r["loss_error"]) < 0.01
+            assert float(r["grad_error"]) < 0.05
+        else:
+            references.append(case)
+    assert sorted(references) == sorted(losses)  # one a row, so all others were compared with it
+    memory = sweep_numbers("peak_mib")
+    for (task, tokens), speed in sweep_numbers("tokens_per_s").items():
+        assert speed.get("sdpa", 0.0) <= min(speed.values())
+        if "flashmask" in speed:  # a budget of time may end between two methods
+            assert speed["flashmask"] >= (1.0 if tokens >= 16384 else 0.95) * max(speed.values())
+            assert memory[task, tokens]["flashmask"] <= 1.01 * min(memory[task, tokens].values())
 
 
 def test_sharing_prompts_gains_what_it_saves():
@@ -193,6 +301,37 @@ def test_the_inference_table():
     assert f"at {min(share):.2f} to {max(share):.2f} of the bandwidth of a copy" in said
     assert f"{range_of('decode_padded')} times with left padding, {range_of('decode_static')} times in a static" in said
     assert f"{range_of('tree')} times FlexAttention" in said
+
+
+def test_drafted_trees():
+    """Where they are three times as fast as under FlexAttention, and where no memory is fast enough for that."""
+    found: dict[tuple[int, int], dict[str, dict[str, str]]] = {}
+    for r in records.read(ROOT / "docs" / "benchmarks" / "h200_infer.csv"):
+        if r["case"] == "tree" and r["ms"]:
+            found.setdefault((int(r["batch"]), int(r["kv_len"])), {})[r["method"]] = r
+    found = {key: of for key, of in found.items() if "flex" in of}
+    gains = {key: float(of["flex"]["ms"]) / float(of["flashmask"]["ms"]) for key, of in found.items()}
+    few = [gain for (batch, keys), gain in gains.items() if batch * keys < 131072]
+    many = [gain for (batch, keys), gain in gains.items() if batch * keys >= 131072 and batch <= 16]
+    assert max(few) < 3 <= min(many)
+    said = flat("docs/benchmarks.md")
+    assert f"{min(few):.2f} to {max(few):.2f} times as fast as under FlexAttention with fewer than 131,072 keys" in said
+    assert f"from there on {min(many):.2f} to {max(many):.2f} times, up to a batch of 16" in said
+    assert f"{min(many):.2f} and more from 131,072 keys in all (batch x length) on" in flat("README.md")
+
+    rows = {keys: of for (batch, keys), of in found.items() if batch == 64}
+    assert list(rows) == [2048, 8192]
+    gained = [gains[64, keys] for keys in rows]
+    copy = float(rows[2048]["flex"]["copy_gb_per_s"])
+    ours, flex = ([float(of[m]["gb_per_s"]) for of in rows.values()] for m in ("flashmask", "flex"))
+    assert all(3 * rate > 4800 for rate in flex)  # GB/s of the H200's data sheet
+    pairs = [
+        " and ".join(f"{value:.2f}" for value in two)
+        for two in (gained, [3 * rate / copy for rate in flex], [rate / copy for rate in ours])
+    ]
+    assert f"64 rows of 2048 and 8192 keys gain {pairs[0]} times:" in said
+    assert f"3 times would take {pairs[1]} of a copy's bandwidth, more than the memory has, of which" in said
+    assert f"of which ours reaches {pairs[2]}." in said
 
 
 def test_continuous_batching():
