@@ -160,11 +160,11 @@ def backward(
     stats = lse.new_empty(rows * 2, _BACKWARD_BLOCK_M)
     buffer = lse.new_empty(rows * _BACKWARD_BLOCK_M * width // 32, 32)
     shared = {"q_len": q_len, "heads": heads_q, "row_blocks": row_blocks, "BLOCK_M": _BACKWARD_BLOCK_M}
+    lse_first = width == 64 and not softcap
     with torch.cuda.device_of(q):
         prepare_kernel[(rows,)](
             out, do, lse, lse if dlse is None else dlse.contiguous(), stats, buffer, *_strides(out), *_strides(do),
-            # The scores that lse is taken from are not yet scaled, but for capped ones, which need it in powers of two.
-            lse_scale=LOG2E if softcap else 1 / softmax_scale,
+            lse_scale=1 / softmax_scale if lse_first else LOG2E,
             HEAD_DIM_V=head_dim_v, BLOCK_D=width, DLSE=dlse is not None, **shared,
         )  # fmt: skip
         backward_kernel[(min(multiprocessors(q.device), batch * heads_kv * lists.lines),)](
@@ -174,7 +174,7 @@ def backward(
             TensorDescriptor(buffer, list(buffer.shape), [32, 1], [128, 32], _DQ_LAYOUT),
             _descriptor(dk, 64, width), _descriptor(dv, 64, width), bounds,
             row_blocks=row_blocks, softmax_scale=softmax_scale, BLOCK_M=_BACKWARD_BLOCK_M, BLOCK_N=_BLOCK_N,
-            ONE_MASK=heads_q // mask.shape[1] % (heads_q // heads_kv) == 0, num_warps=4,
+            ONE_MASK=heads_q // mask.shape[1] % (heads_q // heads_kv) == 0, LSE_FIRST=lse_first, num_warps=4,
             **_common(mask, bounds, lists, q, k, heads_kv, softmax_scale, softcap), **_tiles(width, BACKWARD_CONFIGS),
         )  # fmt: skip
         # A scale of 0 or less went into q.

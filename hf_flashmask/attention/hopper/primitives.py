@@ -1,6 +1,7 @@
 """What the warps of the Hopper kernels do with a tile that has come: masking, the softmax, row sums.
 
-A tile of scores is BLOCK_M / 2 = 64 rows, one warpgroup's, by BLOCK_N = 64 or 128 columns.
+A tile of scores is 64 rows, one warpgroup's: of queries forward, by BLOCK_N = 64 or 128 keys, of keys backward, by
+BLOCK_M = 64 queries.
 """
 
 from triton.experimental import gluon
@@ -112,6 +113,59 @@ def unpack_pairs(pairs, dtype: gl.constexpr, LAYOUT: gl.constexpr):
     odd = (pairs >> 16).to(gl.int16).to(dtype, bitcast=True)
     both = gl.reshape(gl.join(even, odd), [pairs.shape[0], pairs.shape[1] * 2])
     return gl.convert_layout(both, LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def load_bounds(bounds, mask, n, bounds_len, NUM_BOUNDS: gl.constexpr):
+    """The bounds of keys n, four of [64], none below 0; those beyond NUM_BOUNDS repeat the first."""
+    at = bounds + mask.to(gl.int64) * NUM_BOUNDS * bounds_len + n
+    b0 = gl.maximum(gl.load(at), 0)
+    b1 = gl.maximum(gl.load(at + bounds_len), 0)
+    b2 = b0
+    b3 = b0
+    if NUM_BOUNDS == 4:
+        b2 = gl.maximum(gl.load(at + 2 * bounds_len), 0)
+        b3 = gl.maximum(gl.load(at + 3 * bounds_len), 0)
+    return b0, b1, b2, b3
+
+
+@gluon.jit
+def hide_columns(p, m0, b0, b1, b2, b3, NUM_BOUNDS: gl.constexpr):
+    """p [64 keys, rows from m0] with 0 in place of what the mask hides.
+
+    Rows in eights: which eight is known when compiling, so no thread holds the rows of all its elements.
+    """
+    BLOCK_M: gl.constexpr = p.shape[1]
+    x = gl.reshape(p, [64, BLOCK_M // 8, 8])
+    EIGHTS: gl.constexpr = x.type.layout
+    KEYS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, EIGHTS))
+    m = m0 + gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, EIGHTS)))[None, None, :]
+    eight = 8 * gl.arange(0, BLOCK_M // 8, gl.SliceLayout(0, gl.SliceLayout(2, EIGHTS)))[None, :, None]
+    before = gl.convert_layout(b0, KEYS)[:, None, None] - m > eight
+    after = gl.convert_layout(b1, KEYS)[:, None, None] - m <= eight
+    if NUM_BOUNDS == 2:
+        visible = before & after
+    else:
+        visible = before | after
+        before = gl.convert_layout(b2, KEYS)[:, None, None] - m > eight
+        after = gl.convert_layout(b3, KEYS)[:, None, None] - m <= eight
+        visible &= before | after
+    return gl.convert_layout(gl.reshape(gl.where(visible, x, 0.0), p.shape), p.type.layout, assert_trivial=True)
+
+
+@gluon.constexpr_function
+def _widening(name):
+    return f"{{.reg .b16 a, b; mov.b32 {{a, b}}, $2; cvt.f32.{name} $0, a; cvt.f32.{name} $1, b;}}"
+
+
+@gluon.jit
+def widen(x):
+    """x in float32, from pairs and no sooner than here: a compiler that saw through it would keep 32 bits of each."""
+    if x.dtype == gl.bfloat16:
+        CODE: gl.constexpr = _widening("bf16")
+    else:
+        CODE: gl.constexpr = _widening("f16")
+    return gl.inline_asm_elementwise(CODE, "=f,=f,r", [x], dtype=gl.float32, is_pure=False, pack=2)
 
 
 @gluon.jit
