@@ -80,12 +80,13 @@ def _scores(rows, columns, stats, START: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    q_s, do_s, stats_s, k_s, v_s, ds_s, dv_s, steps_s, work_s, bars, bounds, bounds_len,
-    qk_scale, cap_scale, softmax_scale,
+    tiles, ds_s, dv_s, steps_s, work_s, bars, given,
     HALF: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     NUM_BOUNDS: gl.constexpr, SOFTCAP: gl.constexpr, ONE_MASK: gl.constexpr, LSE_FIRST: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: dk and dv of one HALF of the blocks of keys that the producer takes, and ds for dq."""
+    q_s, do_s, stats_s, k_s, v_s = tiles
+    bounds, bounds_len, qk_scale, cap_scale, softmax_scale = given
     q_full, do_full, free, v_free, ds_full, ds_free, out_full, work_full, work_free = bars
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     GRADS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
@@ -154,7 +155,8 @@ def _consume(
                 ds = ds * (1.0 - s * s)
             ds = ds.to(dtype)
             ds_operand = gl.convert_layout(ds, OPERAND)
-            # All waits before the store: Triton 3.6 lets all warps meet at a wait that follows one.
+            # Triton 3.6 lets all warps meet at a wait after a store, and before and after an arrival: so waits come
+            # before the store, and arrivals when products are under way.
             at = step % 2
             mbarrier.wait(ds_free.index(at), ((step // 2 + turn) & 1) ^ 1)
             step += 1
@@ -163,8 +165,7 @@ def _consume(
             ds_s.index(at).store(ds)
             fence_async_shared()
             dk_acc = warpgroup_mma(ds_operand, q_tile, dk_acc, is_async=True)
-            # The scores of the next step follow at once, those of the next work too; after all work, of whatever is
-            # there.
+            # The next step's scores follow at once, of the next work too; after all work, of whatever is there.
             next_q = q_s.index(next_stage).reshape([BLOCK_M, BLOCK_D])
             stats = stats_s.index(next_stage).slice(0, 1, 0)
             if KV_IN_REGISTERS:
@@ -173,7 +174,6 @@ def _consume(
                 next_slot = slot ^ (left == 0).to(gl.int32)
                 keys = k_s.index(next_slot * 2 + HALF).reshape([64, BLOCK_D])
                 s_next = _scores(keys, next_q, stats, LSE_FIRST)
-            # After the products: Triton waits for all warps before and after an arrival.
             mbarrier.arrive(ds_full.index(at), count=1)
             dk_acc, dv_acc, weights, ds_operand = warpgroup_mma_wait(1, deps=(dk_acc, dv_acc, weights, ds_operand))
             mbarrier.arrive(free.index(stage), count=1)
@@ -183,6 +183,7 @@ def _consume(
         turn += 1
         bh, n0, steps, mask = _read_work(work_s, work_full, work_free, turn, BLOCK_N)
         b0, b1, b2, b3 = load_bounds(bounds, mask, n0 + n, bounds_len, NUM_BOUNDS)
+        # The memory of ds is used once more a piece of work, for dv.
         mbarrier.wait(ds_free.index(step % 2), (first & 1) ^ 1)
         mbarrier.wait(ds_free.index((step + 1) % 2), (second & 1) ^ 1)
         dv_s.store(dv_acc.to(dtype))
@@ -193,10 +194,11 @@ def _consume(
 
 @gluon.jit
 def _write(
-    k_s, ds0_s, ds1_s, dv0_s, dv1_s, dq_s, rows_s, work_s, bars, dq, dk, dv, heads,
+    k_s, ds0_s, ds1_s, dv0_s, dv1_s, dq_s, rows_s, work_s, bars, out,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: what each step adds to dq, 64 columns at a time, and what the consumers have made of dk and dv."""
+    dq, dk, dv, heads = out
     k_free, v_free, ds_full, ds_free, out_full, work_full, work_free = bars
     DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     PARTS: gl.constexpr = BLOCK_D // 64
@@ -273,11 +275,13 @@ def _take(
 
 @gluon.jit
 def _produce(
-    q, do, stats, k, v, spans, counts, order, counter, q_s, do_s, stats_s, k_s, v_s, steps_s, rows_s, work_s, bars,
-    row_blocks, lines, capacity, heads_total, heads, group, mask_stride, mask_heads,
+    given, tiles, steps_s, rows_s, work_s, bars, sizes,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HEAD_GROUP: gl.constexpr,
 ):  # fmt: skip
     """The warp that takes work and loads what it needs."""
+    q, do, stats, k, v, spans, counts, order, counter = given
+    row_blocks, lines, capacity, heads_total, heads, group, mask_stride, mask_heads = sizes
+    q_s, do_s, stats_s, k_s, v_s = tiles
     q_full, do_full, free, k_free, v_free, work_full, work_free = bars
     Q_BYTES: gl.constexpr = q.block_type.nbytes + stats.block_type.nbytes
     pieces = heads_total * lines
@@ -410,25 +414,23 @@ def backward_kernel(
     consumer = (q_full, do_full, free, v_free, ds_full, ds_free, out_full, work_full, work_free)
     writer = (k_free, v_free, ds_full, ds_free, out_full, work_full, work_free)
     producer = (q_full, do_full, free, k_free, v_free, work_full, work_free)
+    tiles = (q_s, do_s, stats_s, k_s, v_s)
+    columns = (bounds, bounds_len, qk_scale, cap_scale, softmax_scale)
+    sizes = (row_blocks, lines, capacity, heads_total, heads, group, mask_stride, mask_heads)
+    work = (q, do, stats, k, v, spans, counts, order, counter)
     # Warps of the second and following and registers a thread; the first gets what is left.
     gl.warp_specialize([
         (_consume, (
-            q_s, do_s, stats_s, k_s, v_s, ds0_s, dv0_s.reshape([64, BLOCK_D]), steps_s, work_s, consumer, bounds,
-            bounds_len, qk_scale, cap_scale, softmax_scale,
+            tiles, ds0_s, dv0_s.reshape([64, BLOCK_D]), steps_s, work_s, consumer, columns,
             0, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, NUM_BOUNDS, SOFTCAP, ONE_MASK, LSE_FIRST,
         )),
         (_consume, (
-            q_s, do_s, stats_s, k_s, v_s, ds1_s, dv1_s.reshape([64, BLOCK_D]), steps_s, work_s, consumer, bounds,
-            bounds_len, qk_scale, cap_scale, softmax_scale,
+            tiles, ds1_s, dv1_s.reshape([64, BLOCK_D]), steps_s, work_s, consumer, columns,
             1, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, NUM_BOUNDS, SOFTCAP, ONE_MASK, LSE_FIRST,
         )),
         (_write, (
-            k_s, ds0_s, ds1_s, dv0_s, dv1_s, dq_s, rows_s, work_s, writer, dq, dk, dv, heads,
+            k_s, ds0_s, ds1_s, dv0_s, dv1_s, dq_s, rows_s, work_s, writer, (dq, dk, dv, heads),
             BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
         )),
-        (_produce, (
-            q, do, stats, k, v, spans, counts, order, counter, q_s, do_s, stats_s, k_s, v_s, steps_s, rows_s, work_s,
-            producer, row_blocks, lines, capacity, heads_total, heads, group, mask_stride, mask_heads,
-            BLOCK_M, BLOCK_N, STAGES, HEAD_GROUP,
-        )),
+        (_produce, (work, tiles, steps_s, rows_s, work_s, producer, sizes, BLOCK_M, BLOCK_N, STAGES, HEAD_GROUP)),
     ], [4, 4, 1], [208, 72, 24])  # fmt: skip
