@@ -108,10 +108,18 @@ def _check_kernels(args: argparse.Namespace) -> None:
     given = [name for name in ("kinds", "out", "against") if getattr(args, name) is not None]
     if given:
         sys.exit(f"flashmask: --{given[0]} goes with --models")
+    from tqdm.auto import tqdm
+
     from hf_flashmask.diagnostics import selftest
 
-    print(f"Attention on this machine against float64, {args.seconds:.0f} seconds at most.", flush=True)
-    text, ok = selftest.run(args.seconds)
+    print(f"Attention on this machine against float64; no case begins after {args.seconds:.0f} seconds.", flush=True)
+    with tqdm(leave=False, unit="case") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        text, ok = selftest.run(args.seconds, progress=progress)
     print("\n" + text)
     sys.exit(not ok)
 
@@ -175,7 +183,7 @@ def _add_check(commands: Any) -> None:
         help="self-test of the kernels on this machine; with --models, every model type; or Transformers' own tests",
     )
     check.add_argument(
-        "--seconds", type=float, default=60.0, help="of the self-test, after which it begins nothing (%(default)s)"
+        "--seconds", type=float, default=45.0, help="of the self-test, after which it begins nothing (%(default)s)"
     )
     what = check.add_mutually_exclusive_group()
     what.add_argument(

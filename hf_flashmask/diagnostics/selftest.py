@@ -96,14 +96,20 @@ def kernels() -> tuple[list[Kernel], list[str]]:
     return found, reasons
 
 
-def run(budget: float = 60.0, length: int | None = None) -> tuple[str, bool]:
-    """The table, and whether nothing failed. What would begin after ``budget`` seconds is not run, and says so."""
+def run(
+    budget: float = 45.0, length: int | None = None, progress: Callable[[int, int], None] = lambda done, total: None
+) -> tuple[str, bool]:
+    """The table, and whether nothing failed. What would begin after ``budget`` seconds is not run, and says so.
+
+    ``progress`` is told after each case how many are done, of how many.
+    """
     begin = time.perf_counter()
     columns, reasons = kernels()
     # Kernels that compile come last: a budget that is spent leaves out some of theirs.
     rows: dict[str, dict[Kernel, Cell]] = {case.name: {} for case in CASES}
     late = 0
-    for case, kernel in _order(columns):
+    for done, (case, kernel) in enumerate(_order(columns), 1):
+        progress(done, len(CASES) * len(columns))
         if time.perf_counter() - begin > budget:
             rows[case.name][kernel] = Cell(True, "not run")
             late += 1

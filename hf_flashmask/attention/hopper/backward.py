@@ -171,7 +171,7 @@ def _consume(
             if KV_IN_REGISTERS:
                 s_next = _scores(own_keys, next_q, stats, LSE_FIRST)
             else:
-                next_slot = slot ^ (left == 0).to(gl.int32)
+                next_slot = slot ^ gl.where(left == 0, 1, 0)
                 keys = k_s.index(next_slot * 2 + HALF).reshape([64, BLOCK_D])
                 s_next = _scores(keys, next_q, stats, LSE_FIRST)
             mbarrier.arrive(ds_full.index(at), count=1)
