@@ -113,13 +113,7 @@ def _check_kernels(args: argparse.Namespace) -> None:
     from hf_flashmask.diagnostics import selftest
 
     print(f"Attention on this machine against float64; no case begins after {args.seconds:.0f} seconds.", flush=True)
-    with tqdm(leave=False, unit="case") as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        text, ok = selftest.run(args.seconds, progress=progress)
+    text, ok = selftest.run(args.seconds, track=functools.partial(tqdm, leave=False, unit="case"))
     print("\n" + text)
     sys.exit(not ok)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .plot_style import INK, METHODS, Row, latest, lengths_axis, origin, plain, timed
+from .sweep import SETUP
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
 
 _TASKS = {"sft": "SFT, all parameters", "lora": "LoRA", "dpo": "DPO, all parameters", "rm": "RM, all parameters"}
 _PANELS = (("tokens_per_s", 1e-3, "thousand tokens a second"), ("peak_mib", 1 / 1024, "peak memory, GiB"))
-_SWEEP_SETUP = ("gpu", "layers", "hidden", "heads", "intermediate", "vocab_size", "dtype")
 _LONGEST_SETUP = ("gpu", "layers", "layers_run", "hidden", "document")
 
 
@@ -21,7 +21,7 @@ def sweep(rows: Sequence[Row]) -> Figure:
     """Tokens a second and memory, a panel a task, a line a method."""
     from matplotlib.figure import Figure
 
-    rows = latest(rows, _SWEEP_SETUP)
+    rows = latest(rows, ("gpu", *SETUP))
     measured = timed(rows, "seconds")
     panels = [panel for panel in _PANELS if any(row[panel[0]] for row in measured)]
     tasks = [task for task in _TASKS if any(row["task"] == task for row in measured)]

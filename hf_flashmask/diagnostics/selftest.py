@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,6 +40,9 @@ class Case:
     name: str
     mask: Callable[[int], ColumnMask]
     features: bool = False
+
+
+Work = tuple[Case, Kernel]
 
 
 def _thirds(n: int) -> list[int]:
@@ -97,19 +100,18 @@ def kernels() -> tuple[list[Kernel], list[str]]:
 
 
 def run(
-    budget: float = 45.0, length: int | None = None, progress: Callable[[int, int], None] = lambda done, total: None
+    budget: float = 45.0, length: int | None = None, track: Callable[[list[Work]], Iterable[Work]] = iter
 ) -> tuple[str, bool]:
     """The table, and whether nothing failed. What would begin after ``budget`` seconds is not run, and says so.
 
-    ``progress`` is told after each case how many are done, of how many.
+    ``track`` may show how far the walk over all of them is, as tqdm does.
     """
     begin = time.perf_counter()
     columns, reasons = kernels()
     # Kernels that compile come last: a budget that is spent leaves out some of theirs.
     rows: dict[str, dict[Kernel, Cell]] = {case.name: {} for case in CASES}
     late = 0
-    for done, (case, kernel) in enumerate(_order(columns), 1):
-        progress(done, len(CASES) * len(columns))
+    for case, kernel in track(list(_order(columns))):
         if time.perf_counter() - begin > budget:
             rows[case.name][kernel] = Cell(True, "not run")
             late += 1
@@ -138,7 +140,7 @@ def _table(where: tuple[str, str], columns: list[Kernel], rows: Mapping[str, Map
     return table(header, cells) + "\n"
 
 
-def _order(columns: list[Kernel]) -> Iterator[tuple[Case, Kernel]]:
+def _order(columns: list[Kernel]) -> Iterator[Work]:
     """Kernels that compile nothing first; then case by case, so that a spent budget leaves out whole masks."""
     plain = [kernel for kernel in columns if kernel.backend == "torch"]
     yield from ((case, kernel) for kernel in plain for case in CASES)

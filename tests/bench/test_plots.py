@@ -33,7 +33,7 @@ def lines(ax):
 
 
 def test_sweep():
-    common = dict.fromkeys(plots_lengths._SWEEP_SETUP, "1")
+    common = dict.fromkeys(("gpu", *sweep.SETUP), "1")
     given = rows(
         sweep.COLUMNS, common,
         {"task": "lora", "method": "sdpa", "tokens": 4096, "seconds": 9, "tokens_per_s": 9, "layers": 2},

@@ -16,8 +16,8 @@ def prepare_kernel(
 ):  # fmt: skip
     """``stats``, float32 ``[B * H * row_blocks, 2, BLOCK_M]``, and zeros in ``buffer`` ``[.., BLOCK_M * BLOCK_D]``.
 
-    Statistics are -lse * lse_scale, and -delta = dlse - rowsum(out * do): the sums
-    that they are taken from begin with them.
+    Statistics are -lse * lse_scale, and -delta = dlse - rowsum(out * do): the sums that they are taken from begin with
+    them.
     """
     row = tl.program_id(0)
     bh = row // row_blocks

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .primitives import LENGTHS, LN2, LOG2E, LOWEST, load_tile, seen, tanh
+from .primitives import LENGTHS, LN2, LOG2E, LOWEST, include_sink, load_tile, seen, tanh
 
 DECODE_LENGTHS = (
     *LENGTHS, "full_prefix", "inverse_group", "parts", "splits", "bounds_sb", "bounds_sh", "bounds_sg", "bounds_sc",
@@ -253,11 +253,7 @@ def decode_kernel(
         head = h * group + g
         if SINKS:
             sink = tl.load(sinks + head, mask=r < rows, other=0.0).to(tl.float32) * LOG2E
-            new = tl.maximum(top, sink)
-            alpha = tl.exp2(top - new)
-            l_i = l_i * alpha + tl.exp2(sink - new)
-            acc = acc * alpha[:, None]
-            top = new
+            top, l_i, acc = include_sink(sink, top, l_i, acc)
     empty = l_i == 0.0
     acc = acc * tl.where(empty, 0.0, 1.0 / l_i)[:, None]
     weight = tl.where(empty, float("-inf"), top + tl.log2(l_i))

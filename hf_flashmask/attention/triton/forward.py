@@ -10,6 +10,7 @@ from .primitives import (
     LOWEST,
     find_work,
     hide,
+    include_sink,
     load_bounds,
     load_tile,
     next_tile,
@@ -96,11 +97,7 @@ def forward_kernel(
     top = m_i * qk_scale
     if SINKS:
         sink = tl.load(sinks + h).to(tl.float32) * LOG2E
-        m_new = tl.maximum(top, sink)
-        alpha = tl.exp2(top - m_new)
-        l_i = l_i * alpha + tl.exp2(sink - m_new)
-        acc = acc * alpha[:, None]
-        top = m_new
+        top, l_i, acc = include_sink(sink, top, l_i, acc)
     empty = l_i == 0.0
     acc = acc * tl.where(empty, 0.0, 1.0 / l_i)[:, None]
     at = (b * heads + h).to(tl.int64) * q_len + m

@@ -155,6 +155,14 @@ def next_tile(spans, span, tile, end, visit, partial, capacity):
 
 
 @triton.jit
+def include_sink(sink, top, l_i, acc):
+    """(top, l_i, acc) of rows whose softmax has a sink too, a logit in powers of two: top, l_i [M], acc [M, D]."""
+    new = tl.maximum(top, sink)
+    alpha = tl.exp2(top - new)
+    return new, l_i * alpha + tl.exp2(sink - new), acc * alpha[:, None]
+
+
+@triton.jit
 def tanh(x):
     """Accurate relative to small x too, where the usual formula cancels."""
     square = x * x
