@@ -1,5 +1,8 @@
 """`flashmask env`."""
 
+import importlib
+import importlib.util
+
 import pytest
 import torch
 
@@ -10,6 +13,9 @@ from hf_flashmask.diagnostics import environment
 
 
 def test_holds_what_a_bug_report_needs(capsys, monkeypatch):
+    if importlib.util.find_spec("triton") is not None:
+        # Before the variable is set, which would leave Triton's functions interpreted for all later tests.
+        importlib.import_module("hf_flashmask.attention.triton.launch")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     main(["env"])
     printed = capsys.readouterr().out
