@@ -25,13 +25,12 @@ def test_documents_fill_the_row():
 @pytest.mark.timing
 def test_four_times_faster_than_the_dense_mask_in_a_quarter_of_its_memory():
     setup = cpu.Setup()
-    speed_ups = []
-    for _ in range(3):  # a neighbour on a shared machine can only make it slower
+    found = []
+    for _ in range(3):  # a neighbour on a shared machine, or code paged in anew, can only make either worse
         ours, dense = (in_fresh_process(cpu.run, method, setup) for method in cpu.METHODS[:2])
         assert float((ours.out - dense.out).abs().max()) < 1e-5
-        if ours.peak_growth is not None:
-            assert ours.peak_growth <= dense.peak_growth / 4
-        speed_ups.append(dense.seconds / ours.seconds)
-        if speed_ups[-1] >= 4:
+        share = None if ours.peak_growth is None else ours.peak_growth / dense.peak_growth
+        found.append((dense.seconds / ours.seconds, share))
+        if found[-1][0] >= 4 and (share is None or share <= 0.25):
             return
-    pytest.fail(f"speed-ups of {speed_ups}, at least 4 wanted")
+    pytest.fail(f"(speed-up, share of memory) of {found}: at least 4 and at most 0.25 wanted in one run")
