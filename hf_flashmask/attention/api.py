@@ -23,7 +23,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def flashmask_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: ColumnMask | None = ..., *, startend_row_indices: Tensor | None = ...,
     causal: bool = ..., softmax_scale: float | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
-    return_lse: Literal[False] = ..., deterministic: bool = ..., backend: str = ...,
+    return_lse: Literal[False] = ..., deterministic: bool = ..., sort_keys: bool = ..., backend: str = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def flashmask_attention(
 def flashmask_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: ColumnMask | None = ..., *, startend_row_indices: Tensor | None = ...,
     causal: bool = ..., softmax_scale: float | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
-    return_lse: Literal[True], deterministic: bool = ..., backend: str = ...,
+    return_lse: Literal[True], deterministic: bool = ..., sort_keys: bool = ..., backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -48,6 +48,7 @@ def flashmask_attention(
     sinks: Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
+    sort_keys: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention under a column mask, skipping what it hides. Differentiable in q, k, v and sinks.
@@ -73,6 +74,10 @@ def flashmask_attention(
         deterministic: the same bits run after run. Only the backward of "hopper" is not like that by itself: it adds up
             the gradient of q in any order. The Triton kernels then serve in its place, as they do after
             ``torch.use_deterministic_algorithms(True)``.
+        sort_keys: move keys and values, within windows of at most 1024, into the order in which the mask hides them
+            (``ColumnMask.sort_columns``). The result is the same up to rounding. It pays where neighbouring keys are
+            hidden from very different rows on, as by ``masks.random_eviction``, and costs a copy of k and v in each
+            pass. The order is found once a mask. ("reference" has no tiles, and leaves them where they are.)
 
     Returns:
         ``out [B, Sq, Hq, Dv]``, or ``(out, lse)``. A query that sees no key has output 0, lse -inf (the sink's logit
@@ -82,14 +87,15 @@ def flashmask_attention(
         TypeError, ValueError, NotImplementedError: an argument is not as described; nothing is computed.
     """
     signature = None
-    if isinstance(mask, ColumnMask) and startend_row_indices is None and op.nothing_watches(q, k, v, sinks):
+    plain = isinstance(mask, ColumnMask) and startend_row_indices is None and sort_keys is False
+    if plain and op.nothing_watches(q, k, v, sinks):
         asked = (causal, softmax_scale, softcap, return_lse, deterministic, backend)
         signature = ("tokens", *_signature(q, k, v, sinks), *asked)
         if (out := _like_the_last(mask, signature, q, k, v, sinks)) is not None:
             return out
     return _attend(
-        q, k, v, mask, startend_row_indices, causal, softmax_scale, softcap, sinks, return_lse, deterministic, backend,
-        signature,
+        q, k, v, mask, startend_row_indices, causal, softmax_scale, softcap, sinks, return_lse, deterministic, sort_keys,
+        backend, signature,
     )  # fmt: skip
 
 
@@ -108,7 +114,7 @@ def attention_of_heads(
             return out
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     result: Tensor = _attend(
-        q, k, v, mask, None, False, softmax_scale, softcap, sinks, False, False, "auto", signature
+        q, k, v, mask, None, False, softmax_scale, softcap, sinks, False, False, False, "auto", signature
     )  # fmt: skip
     return result
 
@@ -144,6 +150,7 @@ def _attend(
     sinks: Tensor | None,
     return_lse: bool,
     deterministic: bool,
+    sort_keys: bool,
     backend: str,
     signature: tuple[object, ...] | None,
 ) -> Any:
@@ -166,6 +173,14 @@ def _attend(
             )
     if not isinstance(deterministic, bool):
         raise TypeError(f"deterministic must be a bool, got {type(deterministic).__name__}")
+    if not isinstance(sort_keys, bool):
+        raise TypeError(f"sort_keys must be a bool, got {type(sort_keys).__name__}")
+    if sort_keys and mask.shape[1] not in (1, k.shape[2]):
+        raise NotImplementedError(
+            f"sort_keys=True takes masks of 1 head or of the {k.shape[2]} of k and v, got one a query head "
+            f"({mask.shape[1]}), whose orders of a shared key head differ; repeat k and v to {q.shape[2]} heads, or "
+            "leave sort_keys out"
+        )
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "reference":
@@ -181,7 +196,7 @@ def _attend(
                 mask._cache["repeat"] = (signature, repeat)
         else:
             out, lse = op.attention(
-                q, k, v, mask.bounds, mask.causal, softmax_scale, softcap, sinks, backend, deterministic
+                q, k, v, mask.bounds, mask.causal, softmax_scale, softcap, sinks, backend, deterministic, sort_keys
             )
     return (out, lse) if return_lse else out
 

@@ -128,6 +128,11 @@ def _triton_obstacle(q: Tensor, v: Tensor) -> str | None:
     return None
 
 
+def moves_with_triton(x: Tensor) -> bool:
+    """Whether rows of ``x`` are moved by a Triton kernel, at the speed of memory, whichever backend attends."""
+    return _triton_obstacle(x, x) is None
+
+
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hf_flashmask.masks import ColumnMask
 
+from . import key_order
 from .backends import choose, choose_backward
 
 _MODULES = {
@@ -104,8 +105,12 @@ def attention(
     sinks: Tensor | None,
     backend: str,
     deterministic: bool,
+    sort_keys: bool,
 ) -> tuple[Tensor, Tensor]:
     mask = ColumnMask(bounds, causal=causal, q_len=q.shape[1])
+    if sort_keys:
+        mask, order, _ = key_order.find(mask)
+        k, v = key_order.move(k, order), key_order.move(v, order)
     with _without_autocast(q.device):
         out, lse = _module(choose(backend, q, k, v)).forward(q, k, v, mask, softmax_scale, softcap, sinks)
     return out, lse
@@ -114,7 +119,7 @@ def attention(
 @torch.library.register_fake("hf_flashmask::attention", lib=_library)
 def _(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, causal: bool, softmax_scale: float, softcap: float,
-    sinks: Tensor | None, backend: str, deterministic: bool,
+    sinks: Tensor | None, backend: str, deterministic: bool, sort_keys: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, q_len, heads_q, _ = q.shape
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -137,11 +142,17 @@ def attention_backward(
     sinks: Tensor | None,
     backend: str,
     deterministic: bool,
+    sort_keys: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mask = ColumnMask(bounds, causal=causal, q_len=q.shape[1])
+    if sort_keys:
+        mask, order, inverse = key_order.find(mask)
+        k, v = key_order.move(k, order), key_order.move(v, order)
     with _without_autocast(q.device):
         chosen = choose_backward(backend, q, k, v, deterministic=deterministic)
         dq, dk, dv, dsinks = _module(chosen).backward(do, dlse, q, k, v, out, lse, mask, softmax_scale, softcap, sinks)
+    if sort_keys:
+        dk, dv = key_order.move(dk, inverse), key_order.move(dv, inverse)
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
@@ -149,13 +160,15 @@ def attention_backward(
 def _(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: Tensor,
     causal: bool, softmax_scale: float, softcap: float, sinks: Tensor | None, backend: str, deterministic: bool,
+    sort_keys: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, bounds, ctx.causal, ctx.softmax_scale, ctx.softcap, sinks, ctx.backend, ctx.deterministic = inputs
+    q, k, v, bounds, ctx.causal, ctx.softmax_scale, ctx.softcap, sinks, *how = inputs
+    ctx.how = tuple(how)  # backend, deterministic, sort_keys
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, *output, bounds, sinks)
 
@@ -163,13 +176,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse, bounds, sinks = ctx.saved_tensors
     if do is None and dlse is None:
-        return (None,) * 10
+        return (None,) * 11
     do = torch.zeros_like(out) if do is None else do
     dq, dk, dv, dsinks = attention_backward(
-        do, dlse, q, k, v, out, lse, bounds, ctx.causal, ctx.softmax_scale, ctx.softcap, sinks, ctx.backend,
-        ctx.deterministic,
+        do, dlse, q, k, v, out, lse, bounds, ctx.causal, ctx.softmax_scale, ctx.softcap, sinks, *ctx.how,
     )  # fmt: skip
-    return dq, dk, dv, None, None, None, None, None if sinks is None else dsinks, None, None
+    return dq, dk, dv, None, None, None, None, None if sinks is None else dsinks, None, None, None
 
 
 def _twice(ctx: Any, *_: Any) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hf_flashmask.attention import flashmask_attention
+from hf_flashmask.attention import flashmask_attention, key_order
 from hf_flashmask.masks import ColumnMask
 
 from .kernel_masks import KernelMask, MaskMod
@@ -119,9 +119,9 @@ class Autograd:
 
 
 class Ours(Autograd):
-    def __init__(self, case: KernelCase) -> None:
+    def __init__(self, case: KernelCase, sort_keys: bool = False) -> None:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return flashmask_attention(q, k, v, case.mask, backend=case.backend)
+            return flashmask_attention(q, k, v, case.mask, sort_keys=sort_keys, backend=case.backend)
 
         super().__init__(attend, (case.q, case.k, case.v), case.do)
         self.mask_bytes = _nbytes([case.mask.bounds])
@@ -132,6 +132,8 @@ class Ours(Autograd):
             def prepare() -> int:
                 # Bounds of its own every time: what was planned for some bounds is remembered.
                 fresh = ColumnMask(case.mask.bounds.view_as(case.mask.bounds), causal=case.mask.causal)
+                if sort_keys:
+                    fresh = key_order.find(fresh).mask
                 size: int = module.plan_bytes(fresh, case.q.shape[3], case.v.shape[3], case.q.dtype)
                 return size
 
@@ -188,15 +190,23 @@ def _nbytes(parts: Sequence[Any]) -> int:
     return sum(t.numel() * t.element_size() for t in parts if isinstance(t, Tensor))
 
 
-def _hopper(case: KernelCase) -> Peer | None:
-    """Ours again, through Hopper's own kernels; none on other devices."""
+def _on_hopper(make: Make, case: KernelCase) -> Peer | None:
+    """The same through Hopper's own kernels; none on other devices."""
     hopper = case.q.device.type == "cuda" and torch.cuda.get_device_capability(case.q.device) == (9, 0)
-    return Ours(dataclasses.replace(case, backend="hopper")) if hopper else None
+    return make(dataclasses.replace(case, backend="hopper")) if hopper else None
+
+
+def _sorted(case: KernelCase) -> Peer | None:
+    """Ours with sorted keys, moving them included; none of masks of which that hides no more tiles."""
+    before, after = (mask.tile_sparsity() for mask in (case.mask, key_order.find(case.mask).mask))
+    return Ours(case, sort_keys=True) if after > before else None
 
 
 BUILT_IN: dict[str, Make] = {
     "flashmask": Ours,
-    "flashmask_hopper": _hopper,
+    "flashmask_sorted": _sorted,
+    "flashmask_hopper": functools.partial(_on_hopper, Ours),
+    "flashmask_hopper_sorted": functools.partial(_on_hopper, _sorted),
     "flex": Flex,
     "sdpa_flash": functools.partial(_sdpa, "FLASH_ATTENTION"),
     "sdpa_cudnn": functools.partial(_sdpa, "CUDNN_ATTENTION"),

@@ -289,14 +289,38 @@ class ColumnMask:
         q_len = rows.stop - rows.start
         if q_len == self._q_len and columns.stop - columns.start == self.kv_len:
             return ColumnMask(self._bounds[batch, heads], causal=self._causal, q_len=q_len)
-        bounds, causal = self._bounds[batch, heads, :, columns] - rows.start, self._causal
-        if causal and (self.kv_len - columns.stop) != (self._q_len - rows.stop):
-            # The triangle no longer ends in the bottom right corner, so it becomes an interval of its own.
-            lts, lte, diagonal = bounds[:, :, 0], bounds[:, :, -1], self._raw_intervals()[1][batch, heads, 1, columns]
-            ute, causal = diagonal - rows.start, False
-            parts = (lts, ute) if bounds.shape[2] == 1 else (lts, lte, torch.zeros_like(lts), ute)
-            bounds = torch.stack(parts, 2)
+        # A triangle that would no longer end in the bottom right corner becomes an interval of its own.
+        causal = self._causal and (self.kv_len - columns.stop) == (self._q_len - rows.stop)
+        bounds = self._bounds if causal else self.bounds_without_causal()
+        bounds = bounds[batch, heads, :, columns] - rows.start
         return ColumnMask(bounds.contiguous(), causal=causal, q_len=q_len)
+
+    def bounds_without_causal(self) -> Tensor:
+        """The bounds of the same mask with ``causal=False``: a causal triangle is one of them, [UTS = 0, UTE)."""
+        if not self._causal:
+            return self._bounds
+        lts = self._bounds[:, :, 0]
+        ute = self._raw_intervals()[1][:, :, 1]
+        one = self._bounds.shape[2] == 1
+        return torch.stack((lts, ute) if one else (lts, self._bounds[:, :, 1], torch.zeros_like(lts), ute), 2)
+
+    def sort_columns(self, window: int | None = None) -> tuple[ColumnMask, Tensor]:
+        """The mask with its columns sorted by the row from which on they are hidden, and the order.
+
+        ``flashmask_attention(..., sort_keys=True)`` does so, and moves keys and values alike. The ``tile_sparsity`` of
+        what is returned, against that of the mask, says what there is to win.
+
+        Args:
+            window: columns move only within windows of so many, for a causal mask to stay near its diagonal. Default:
+                an eighth of them, but 128 to 1024.
+
+        Returns:
+            ``(mask, order)``: column ``c`` of the new mask, which is not causal by itself, is column ``order[..., c]``
+            of this one; int64 ``[B|1, Hm|1, Sk]``. Equal columns keep their order.
+        """
+        from .order import sort_columns
+
+        return sort_columns(self, window)
 
     # ---- how much it hides -------------------------------------------------------------------------------------
 

@@ -38,7 +38,7 @@ def test_on_a_hopper_gpu(asked, length, head_dim, deterministic, forward, backwa
 @pytest.mark.parametrize(("argument", "switch"), [(False, False), (True, False), (False, True)])
 def test_deterministic_reaches_the_operator(argument, switch, monkeypatch):
     given, attention = [], op.attention
-    monkeypatch.setattr(op, "attention", lambda *args: given.append(args[-1]) or attention(*args))
+    monkeypatch.setattr(op, "attention", lambda *args: given.append(args[-2]) or attention(*args))
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: switch)
     q = torch.randn(1, 5, 1, 8)
     flashmask_attention(q, q, q, deterministic=argument)

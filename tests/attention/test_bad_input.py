@@ -45,6 +45,12 @@ CASES = {
     "causal beside a mask": (lambda: attend(Q, K, V, masks.full(8), causal=True), ValueError, "not causal by itself"),
     "causal is no bool": (lambda: attend(Q, K, V, causal=1), TypeError, "causal must be a bool"),
     "deterministic is no bool": (lambda: attend(Q, K, V, deterministic="yes"), TypeError, "deterministic must be a"),
+    "sort_keys is no bool": (lambda: attend(Q, K, V, sort_keys=1024), TypeError, "sort_keys must be a bool, got int"),
+    "orders a query head": (
+        lambda: attend(Q, K, V, masks.random_eviction(8, num_heads=4), sort_keys=True),
+        NotImplementedError, "1 head or of the 2 of k and v.*repeat k and v to 4 heads",
+    ),
+    "window of columns": (lambda: masks.causal(8).sort_columns(0), ValueError, "window must be a positive int, got 0"),
     "indices of int64": (
         lambda: attend(Q, K, V, startend_row_indices=IDX.long(), causal=True), TypeError, r"int32.*\.to\(torch.int32\)"
     ),

@@ -45,7 +45,7 @@ def built(n):
 
 
 def compare(mask, *, heads=4, kv_heads=4, batch=2, d=8, dv=8, softcap=None, sinks=False, dlse=False,
-            dtype=torch.float32, tol=1e-5, grad_tol=1e-4):  # fmt: skip
+            dtype=torch.float32, tol=1e-5, grad_tol=1e-4, sort_keys=False):  # fmt: skip
     q = torch.randn(batch, mask.q_len, heads, d, dtype=dtype)
     k = torch.randn(batch, mask.kv_len, kv_heads, d, dtype=dtype)
     v = torch.randn(batch, mask.kv_len, kv_heads, dv, dtype=dtype)
@@ -57,8 +57,9 @@ def compare(mask, *, heads=4, kv_heads=4, batch=2, d=8, dv=8, softcap=None, sink
 
     def run(tensors, backend):
         out, lse = flashmask_attention(
-            *tensors[:3], mask, softcap=softcap, sinks=tensors[3] if sinks else None, return_lse=True, backend=backend
-        )
+            *tensors[:3], mask, softcap=softcap, sinks=tensors[3] if sinks else None, return_lse=True, backend=backend,
+            sort_keys=sort_keys and backend != "reference",
+        )  # fmt: skip
         loss = (out.double() * do).sum()
         if dlse:
             loss = loss + (lse.masked_fill(lse == -torch.inf, 0.0).double() * dl).sum()
@@ -228,20 +229,47 @@ def test_operator_contract():
 
     q, k, v = (torch.randn(1, 9, 2, 8, requires_grad=True) for _ in range(3))
     arguments = (q, k, v, masks.causal(9).bounds, True, 0.3, 0.0, torch.randn(2, requires_grad=True), "torch", False)
-    torch.library.opcheck(op.attention, arguments)
+    for sort_keys in (False, True):
+        torch.library.opcheck(op.attention, (*arguments, sort_keys))
 
 
-def test_compiles_without_graph_breaks():
+@pytest.mark.parametrize("sort_keys", [False, True])
+def test_compiles_without_graph_breaks(sort_keys):
     mask = masks.causal_document(lengths=[10, 20])
 
     def attend(q, k, v, bounds):
-        return flashmask_attention(q, k, v, ColumnMask(bounds, causal=True)).square().sum()
+        return flashmask_attention(q, k, v, ColumnMask(bounds, causal=True), sort_keys=sort_keys).square().sum()
 
     q, k, v = (torch.randn(1, 30, 2, 8, requires_grad=True) for _ in range(3))
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     expected = torch.autograd.grad(attend(q, k, v, mask.bounds), (q, k, v))
     for grad, wanted in zip(torch.autograd.grad(compiled(q, k, v, mask.bounds), (q, k, v)), expected, strict=True):
         torch.testing.assert_close(grad, wanted)
+
+
+@pytest.mark.parametrize("kind", [(True, 1), (True, 2), (False, 2), (False, 4)])
+def test_sorted_keys(kind):
+    """As without sorting: in windows and less than one, for a mask, one a batch row, and one a key head."""
+    for q_len, kv_len, shape in ((90, 300, {}), (200, 150, {"batch": 2}), (40, 70, {"heads": 2}), (1, 200, {})):
+        mask = random_mask(q_len, kv_len, causal=kind[0], vectors=kind[1], **shape)
+        for features in ({}, {"softcap": 5.0, "sinks": True, "dlse": True}):
+            compare(mask, kv_heads=2, sort_keys=True, **features)
+
+
+def test_an_order_of_keys_is_found_once_a_mask(monkeypatch):
+    """By all layers and the backward, until its bounds are written to; and what is saved is what was given."""
+    sorted_masks, sort_columns = [], ColumnMask.sort_columns
+    monkeypatch.setattr(ColumnMask, "sort_columns", lambda mask: sorted_masks.append(mask) or sort_columns(mask))
+    mask = masks.random_eviction(300)
+    q, k, v = (torch.randn(1, 300, 2, 8, requires_grad=True) for _ in range(3))
+    out = flashmask_attention(flashmask_attention(q, k, v, mask, sort_keys=True), k, v, mask, sort_keys=True)
+    assert any(t is k for t in out.grad_fn.saved_tensors)
+    out.sum().backward()
+    assert len(sorted_masks) == 1
+    mask.bounds.copy_(masks.random_eviction(300).bounds)
+    out = flashmask_attention(q, k, v, mask, sort_keys=True)
+    torch.testing.assert_close(out, flashmask_attention(q, k, v, mask), atol=1e-5, rtol=1e-5)
+    assert len(sorted_masks) == 2
 
 
 def test_activation_checkpointing():

@@ -68,7 +68,8 @@ def compiled(kernel, arguments, capability):
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     types = {
-        torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int16: "i16"
+        torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int16: "i16",
+        torch.int64: "i64",
     }  # fmt: skip
     signature, constants, attributes = {}, {}, {}
     for at, param in enumerate(kernel.params):
@@ -221,9 +222,31 @@ def test_plan_kernels(capability, mask, monkeypatch, tmp_path):
         assert usage is None or usage[1] <= 320, (kernel.__name__, usage)
 
 
+def reorder_launches(monkeypatch, head_dim):
+    from hf_flashmask.attention.triton import reorder
+
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(reorder, "reorder_kernel", Recorder(reorder.reorder_kernel, seen))
+        x = torch.zeros(2, 256, 2, head_dim, dtype=torch.bfloat16)
+        reorder.reorder(x, torch.zeros(1, 1, 256, dtype=torch.int64))
+    return seen
+
+
+@pytest.mark.parametrize("capability", [c for c in ROOM if c != AMD], ids=lambda c: f"sm_{c[0]}{c[1]}")
+def test_moving_keys(capability, monkeypatch, tmp_path):
+    for head_dim in (64, 96):
+        ((kernel, arguments),) = reorder_launches(monkeypatch, head_dim)
+        result = compiled(kernel, arguments, capability)
+        assert {"ld.global.v4.b32", "st.global.v4.b32"} <= set(result.asm["ptx"].split())  # 16 bytes at a time
+        usage = registers_and_stack(result.asm["cubin"], tmp_path)
+        assert usage is None or usage[1] == 0, usage
+
+
 def test_amd(monkeypatch):
     seen = launches(monkeypatch, AMD, torch.bfloat16, 64, *MASKS["causal"])
     seen += decode_launches(monkeypatch, AMD, torch.bfloat16, 64, *MASKS["causal"], q_len=1)
+    seen += reorder_launches(monkeypatch, 64)
     for kernel, arguments in seen:
         result = compiled(kernel, arguments, AMD)
         assert "hsaco" in result.asm

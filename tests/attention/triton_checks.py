@@ -38,7 +38,7 @@ def row_error(actual, expected):
 
 def compare(mask, *, heads=4, kv_heads=4, batch=2, d=16, dv=16, softcap=None, sinks=False, dlse=False, scale=None,
             dtype=torch.float32, device="cpu", transposed=False, scores=1.0, tol=None, grad_tol=None,
-            backend="triton", gradients=True):  # fmt: skip
+            backend="triton", gradients=True, sort_keys=False):  # fmt: skip
     """Output, lse and, unless told, the gradient of every input against dense attention in float64.
 
     ``transposed``: inputs and the output's gradient are views of [B, H, S, D] memory. ``scores`` scales q.
@@ -64,7 +64,7 @@ def compare(mask, *, heads=4, kv_heads=4, batch=2, d=16, dv=16, softcap=None, si
     def run(tensors, backend):
         out, lse = flashmask_attention(
             *tensors[:3], mask, softcap=softcap, sinks=tensors[3] if sinks else None, softmax_scale=scale,
-            return_lse=True, backend=backend,
+            return_lse=True, backend=backend, sort_keys=sort_keys and backend != "reference",
         )  # fmt: skip
         if not gradients:
             return out, lse, ()

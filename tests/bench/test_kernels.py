@@ -186,13 +186,16 @@ def test_refusals(tmp_path, plugin):
 
 
 def test_sdpa_and_flex_are_peers_of_the_masks_they_have():
-    assert list(peers.load()) == ["flashmask", "flashmask_hopper", "flex", "sdpa_flash", "sdpa_cudnn"]
-    q, k, v, do = kernels.random_inputs((1, 64, 1, 16), "cpu")
+    ours = ["flashmask", "flashmask_sorted", "flashmask_hopper", "flashmask_hopper_sorted"]
+    assert list(peers.load()) == [*ours, "flex", "sdpa_flash", "sdpa_cudnn"]
+    q, k, v, do = kernels.random_inputs((1, 8192, 1, 16), "cpu")
     for name in kernel_masks.MASKS:
-        spec = kernel_masks.build(name, 64)
+        spec = kernel_masks.build(name, 8192)
         case = peers.KernelCase(spec, spec.mask, q, k, v, do, "torch")
         assert (peers.BUILT_IN["sdpa_flash"](case) is not None) == (name in ("full", "causal"))
-        assert peers.BUILT_IN["flashmask_hopper"](case) is None  # no such GPU
+        for hopper in ours[2:]:
+            assert peers.BUILT_IN[hopper](case) is None  # no such GPU
+        assert (peers.BUILT_IN["flashmask_sorted"](case) is not None) == (name == "random_eviction")
 
 
 def test_environment_names_commit_and_versions():

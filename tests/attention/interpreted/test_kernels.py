@@ -49,6 +49,11 @@ CASES = {
     "large blocks of queries first": (
         document, {"batch": 1, "heads": 2, "kv_heads": 2}, {"forward": (16, 32), "dq": (64, 16), "dkdv": (16, 64)}
     ),
+    "sorted keys, masks a key head": (
+        lambda: random_mask(40, 70, causal=True, vectors=1, batch=2, heads=2),
+        {"kv_heads": 2, "d": 24, "dv": 40, "sort_keys": True, **ALL}, {},
+    ),
+    "sorted keys": (lambda: masks.random_eviction(70), {"kv_heads": 1, "sort_keys": True, "transposed": True}, {}),
     "negative scale": (
         document, {"batch": 1, "heads": 2, "kv_heads": 2, "scale": -0.3, "sinks": True}, {"tma": True}
     ),
