@@ -84,18 +84,19 @@ def flashmask_attention(
         where there is one) and gradient 0.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: an argument is not as described; nothing is computed.
+        TypeError, ValueError, NotImplementedError: an argument is not as described; nothing is computed. So inside
+            ``torch.func.grad`` and forward-mode differentiation, which only "reference" has.
     """
     signature = None
-    plain = isinstance(mask, ColumnMask) and startend_row_indices is None and sort_keys is False
-    if plain and op.nothing_watches(q, k, v, sinks):
+    as_usual = startend_row_indices is None and sort_keys is False
+    if isinstance(mask, ColumnMask) and as_usual and op.nothing_watches(q, k, v, sinks):
         asked = (causal, softmax_scale, softcap, return_lse, deterministic, backend)
-        signature = ("tokens", *_signature(q, k, v, sinks), *asked)
+        signature = ("tokens", mask.version, *_signature(q, k, v, sinks), *asked)
         if (out := _like_the_last(mask, signature, q, k, v, sinks)) is not None:
             return out
     return _attend(
-        q, k, v, mask, startend_row_indices, causal, softmax_scale, softcap, sinks, return_lse, deterministic, sort_keys,
-        backend, signature,
+        q, k, v, mask, startend_row_indices, causal, softmax_scale, softcap, sinks, return_lse, deterministic,
+        sort_keys, backend, signature,
     )  # fmt: skip
 
 
@@ -109,7 +110,7 @@ def attention_of_heads(
     """
     signature = None
     if op.nothing_watches(q, k, v, sinks):
-        signature = ("heads", *_signature(q, k, v, sinks), softmax_scale, softcap)
+        signature = ("heads", mask.version, *_signature(q, k, v, sinks), softmax_scale, softcap)
         if (out := _like_the_last(mask, signature, q, k, v, sinks)) is not None:
             return out
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -187,6 +188,7 @@ def _attend(
         with torch.autocast(q.device.type, enabled=False):
             out, lse = reference.attention(q, k, v, mask, softmax_scale=softmax_scale, softcap=softcap, sinks=sinks)
     else:
+        op.refuse_transforms(q, k, v, sinks)
         given = q, k, v
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in given)
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()

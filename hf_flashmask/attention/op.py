@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.autograd import forward_ad
 
 from hf_flashmask.masks import ColumnMask
 
@@ -87,10 +89,38 @@ def nothing_watches(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> bo
         and not torch.compiler.is_compiling()
         and type(q) is type(k) is type(v) is Tensor
         and (sinks is None or type(sinks) in (Tensor, torch.nn.Parameter))
+        and q.device.type != "meta"
+        and forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.maybe_current_level() is None
         and torch._C._get_tracing_state() is None
     )
+
+
+def refuse_transforms(*tensors: Tensor | None) -> None:
+    """What an operator with a backward of its own would get wrong, or fail at with a word about its inside.
+
+    Raises:
+        NotImplementedError: inside ``torch.func.grad`` or ``jvp`` and what is made of them, or an input has a tangent.
+    """
+    if torch.compiler.is_compiling():
+        return
+    transforms: set[str] = set()
+    if torch._C._functorch.maybe_current_level() is not None:
+        transforms = {level.key().name for level in retrieve_all_functorch_interpreters()}
+    if "Grad" in transforms:
+        raise NotImplementedError(
+            "torch.func.grad and what is made of it do not reach flashmask_attention; use torch.autograd.grad, or "
+            "backend='reference'"
+        )
+    tangents = forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
+    if tangents or "Jvp" in transforms:
+        raise NotImplementedError(
+            "flashmask_attention has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); use "
+            "backend='reference'"
+        )
 
 
 @_operator
@@ -178,6 +208,9 @@ def _backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ..
     if do is None and dlse is None:
         return (None,) * 11
     do = torch.zeros_like(out) if do is None else do
+    if dlse is not None:
+        # Of a row that sees nothing lse is constant, and what comes for it may be NaN: a loss's 0 times infinity.
+        dlse = dlse.masked_fill(lse == -torch.inf, 0.0)
     dq, dk, dv, dsinks = attention_backward(
         do, dlse, q, k, v, out, lse, bounds, ctx.causal, ctx.softmax_scale, ctx.softcap, sinks, *ctx.how,
     )  # fmt: skip

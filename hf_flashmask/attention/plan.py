@@ -59,7 +59,7 @@ def cached(mask: ColumnMask, key: Hashable, make: Callable[[], T]) -> T:
     if capture is None:
         return make()
     plans = _plans.setdefault(mask.bounds, {})
-    version = None if mask.bounds.is_inference() else mask.bounds._version
+    version = mask.version
     for known in [k for k in plans if k[0] == capture and k[1] != version]:
         del plans[known]
     full_key = (capture, version, mask.causal, mask.q_len, key)

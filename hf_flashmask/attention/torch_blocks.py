@@ -16,6 +16,7 @@ from torch import Tensor
 from hf_flashmask.masks import ColumnMask
 
 from .runs import Kind, RowBlock, Run, RunPlan, cached_plan
+from .scale import positive_scale, sign
 from .sinks import sink_gradient
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -206,6 +207,7 @@ def forward(
 
     lse is ``[B, Hq, Sq]``, float32, or float64 for float64 inputs.
     """
+    q, softmax_scale = positive_scale(q, softmax_scale)
     batch, q_len, heads_q, _ = q.shape
     head_dim_v = v.shape[-1]
     fused = q.device.type == "cpu" and not softcap
@@ -258,6 +260,8 @@ def backward(
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and sinks, in their shapes and dtypes."""
+    given_scale = softmax_scale
+    q, softmax_scale = positive_scale(q, softmax_scale)
     batch, _, heads_q, head_dim = q.shape
     head_dim_v = v.shape[-1]
     fused = q.device.type == "cpu" and not softcap and dlse is None
@@ -299,6 +303,8 @@ def backward(
                         grad = grad.sum(1, keepdim=True, dtype=compute)
                     target[:, :, columns] += grad
                 del grads, grad  # or they would live beside the next run's
+    if given_scale <= 0:
+        dq *= sign(given_scale)
     return (
         dq[..., :head_dim].to(q.dtype),
         dk[..., :head_dim].to(k.dtype),

@@ -8,6 +8,7 @@ not follow the one before, as Transformers counts). Every builder is O(N) and ve
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ Device = torch.device | str | None
 
 
 def _positive(name: str, value: int, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    # A SymInt is what a length is while torch.export traces.
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)) or value < least:
         raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
     return value
 
@@ -80,7 +82,7 @@ def _documents(
         new = torch.ones_like(pos, dtype=torch.bool)
         new[:, 1:] = pos.diff() != 1
         return run_spans(new)
-    if lengths is not None and not isinstance(lengths, Tensor) and len(lengths) and isinstance(lengths[0], Sequence):
+    if lengths is not None and not isinstance(lengths, Tensor) and len(lengths) and _is_row(lengths[0]):
         rows = [_spans(_lengths_of(cu_seqlens, row, device))[1:] for row in lengths]
         totals = {start.numel() for start, _ in rows}
         if len(totals) > 1:
@@ -89,6 +91,16 @@ def _documents(
         return start, end
     _, start, end = _spans(_lengths_of(cu_seqlens, lengths, device))
     return start[None], end[None]
+
+
+def _pair(window_size: Sequence[int]) -> Sequence[int]:
+    if len(window_size) != 2:
+        raise ValueError(f"window_size must be an int or a pair (left, right), got {window_size!r}")
+    return window_size
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, Sequence) or (isinstance(value, Tensor) and value.ndim > 0)
 
 
 def _mask(causal: bool, *vectors: Tensor, q_len: int | None = None) -> ColumnMask:
@@ -151,10 +163,8 @@ def sliding_window(
     """
     n, q_len = _positive("seq_len", seq_len), _positive("q_len", seq_len if q_len is None else q_len)
     at = torch.arange(n, device=device) - (n - q_len)
-    if isinstance(window_size, tuple):
-        if len(window_size) != 2 or not all(isinstance(w, int) and w >= -1 for w in window_size):
-            raise ValueError(f"window_size must be an int or (left, right), each at least -1, got {window_size!r}")
-        left, right = window_size
+    if isinstance(window_size, (tuple, list)):
+        left, right = (_positive("window_size", w, -1) for w in _pair(window_size))
     else:
         left, right = _positive("window_size", window_size) - 1, 0
     lts = (at + left + 1).clamp(0, q_len) if left >= 0 else torch.full_like(at, q_len)
@@ -185,8 +195,9 @@ def share_question(lengths: Sequence[Sequence[int]], *, device: Device = None) -
     Args:
         lengths: one ``[question, answer, answer, ...]`` a group.
     """
-    if not lengths or any(len(group) < 1 for group in lengths):
+    if not len(lengths) or not all(_is_row(group) and len(group) for group in lengths):
         raise ValueError(f"lengths must hold one [question, answer, ...] a group, got {lengths!r}")
+    lengths = [torch.as_tensor(group).tolist() for group in lengths]
     part = _lengths_of(None, [n for group in lengths for n in group], device)
     _, _, end = _spans(part)
     group = torch.tensor([sum(g) for g in lengths], device=part.device)
@@ -203,7 +214,7 @@ def global_sliding_window(
     ``window_size`` as an int stands for ``(w, w)``.
     """
     n, g = _positive("seq_len", seq_len), _positive("num_global", num_global, 0)
-    left, right = window_size if isinstance(window_size, tuple) else (window_size, window_size)
+    left, right = _pair(window_size) if isinstance(window_size, (tuple, list)) else (window_size, window_size)
     _positive("window_size", left, 0), _positive("window_size", right, 0)
     j = torch.arange(n, device=device)
     everywhere = j < g
@@ -242,6 +253,8 @@ def prefix_lm_document(
     """Packed documents, each causal but for its prefix, which its whole document sees."""
     lens = _lengths_of(cu_seqlens, lengths, device)
     prefix = _flat("prefix_lengths", prefix_lengths, lens.device, lens.numel())
+    if bool((prefix < 0).any()):
+        raise ValueError(f"prefix_lengths must not be negative, got {prefix.tolist()[:8]}")
     doc, start, end = _spans(lens)
     j = torch.arange(doc.numel(), device=lens.device)
     return _mask(False, end, torch.where(j - start < prefix[doc], start, j))
@@ -260,7 +273,7 @@ def qk_sparse(
         dropped: one flag a segment.
     """
     lens = _lengths_of(cu_seqlens, lengths, device)
-    flags = _flat("dropped", torch.as_tensor(dropped).to(torch.int64), lens.device, lens.numel()).bool()
+    flags = _flat("dropped", dropped, lens.device, lens.numel()).bool()
     doc, _, end = _spans(lens)
     j = torch.arange(doc.numel(), device=lens.device)
     n, gone = doc.numel(), flags[doc]
@@ -278,8 +291,9 @@ def hash_sparse(q_buckets: Tensor, k_buckets: Tensor) -> ColumnMask:
     q, k = (_vector(n, t, None, (1, 3)) for n, t in (("q_buckets", q_buckets), ("k_buckets", k_buckets)))
     if q.shape[:-1] != k.shape[:-1] or q.device != k.device:
         raise ValueError(f"q_buckets and k_buckets must agree but in length: got {tuple(q.shape)} and {tuple(k.shape)}")
-    low = torch.minimum(q.min(), k.min())
-    q, k = q - low, k - low
+    # Ranks in place of buckets, which may be any 64 bits.
+    _, ranks = torch.unique(torch.cat((q, k), -1), return_inverse=True)
+    q, k = ranks.split((q.shape[-1], k.shape[-1]), -1)
     width = max(q.shape[-1], k.shape[-1]) + 1
     (q, q_at), (k, k_at) = q.sort(dim=-1, stable=True), k.sort(dim=-1, stable=True)
     # Sorted queries ascend in (bucket, original position), so one search finds a bucket's end and a key's first row.

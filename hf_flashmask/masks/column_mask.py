@@ -67,7 +67,7 @@ class ColumnMask:
         self._causal = bool(causal)
         self._q_len = q_len
         self._cache: dict[Any, Any] = {}
-        self._full_prefix = 0
+        self._full_prefix: tuple[int, int | None] = (0, None)
 
     # ---- making one --------------------------------------------------------------------------------------------
 
@@ -83,7 +83,9 @@ class ColumnMask:
             raise TypeError(f"startend_row_indices must be int32, got {idx.dtype}; convert with .to(torch.int32)")
         if idx.ndim != 4:
             raise ValueError(f"startend_row_indices must be [B, Hm, Sk, C], got shape {tuple(idx.shape)}")
-        return cls(idx.transpose(2, 3).contiguous(), causal=causal, q_len=q_len)
+        # A copy, even where one bound a column makes none necessary: indices may be written to later, a mask may not.
+        bounds = idx.transpose(2, 3).clone(memory_format=torch.contiguous_format)
+        return cls(bounds, causal=causal, q_len=q_len)
 
     @classmethod
     def from_dense(cls, mask: Tensor) -> ColumnMask:
@@ -127,16 +129,26 @@ class ColumnMask:
         """So many of the first columns are known, without a look at the bounds, to be visible to every row.
 
         What makes a mask may set it and answers for it: kernels believe it. Whatever is derived from a mask starts at
-        0, nothing known, again.
+        0, nothing known, again; so does one whose bounds were written to.
         """
-        return self._full_prefix
+        columns, version = self._full_prefix
+        return columns if version == self.version else 0
 
     @full_prefix.setter
     def full_prefix(self, columns: int) -> None:
         tracing = torch.compiler.is_compiling()  # where lengths are symbols, and comparing them costs a recompilation
         if isinstance(columns, (bool, Tensor)) or not (tracing or 0 <= columns <= self.kv_len):
             raise ValueError(f"full_prefix must be an int from 0 to the {self.kv_len} columns, got {columns!r}")
-        self._full_prefix = columns
+        self._full_prefix = (columns, self.version)
+
+    @property
+    def version(self) -> int | None:
+        """Rises when the bounds are written to, against the rules: what was worked out from them no longer holds.
+
+        None where tensors have none: in inference mode, and while ``torch.compile`` traces.
+        """
+        untold = torch.compiler.is_compiling() or self._bounds.is_inference()
+        return None if untold else self._bounds._version
 
     @property
     def q_len(self) -> int:
@@ -148,8 +160,8 @@ class ColumnMask:
 
     @property
     def startend_row_indices(self) -> Tensor:
-        """int32 ``[B|1, Hm|1, Sk, C]``, contiguous: Paddle's layout."""
-        return self._bounds.transpose(2, 3).contiguous()
+        """int32 ``[B|1, Hm|1, Sk, C]``, contiguous: Paddle's layout, a copy."""
+        return self._bounds.transpose(2, 3).clone(memory_format=torch.contiguous_format)
 
     @property
     def shape(self) -> torch.Size:
@@ -179,7 +191,7 @@ class ColumnMask:
         device, _, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         if device is None or torch.device(device) == self.device:
             return self
-        key = ("to", torch.device(device))
+        key = ("to", torch.device(device), self.version)
         if key not in self._cache:
             # Outside inference mode: a later training step may use what an evaluation step moved.
             with torch.inference_mode(False):
@@ -221,12 +233,13 @@ class ColumnMask:
             ``(start, end)``: int32 ``[B|1, Hm|1, 2, Sk]``, disjoint, ascending and clipped to ``[0, Sq]``; unused
             intervals are ``(Sq, Sq)``. Computed once.
         """
-        if "intervals" not in self._cache:
+        key = ("intervals", self.version)
+        if key not in self._cache:
             # Outside inference mode: a later backward may use what an evaluation step computed first.
             with torch.inference_mode(False):
                 start, end, _ = intervals.merge(*self._raw_intervals(), self._q_len)
-                self._cache["intervals"] = (start, end)
-        return self._cache["intervals"]
+                self._cache[key] = (start, end)
+        return self._cache[key]
 
     def _raw_intervals(self) -> tuple[Tensor, Tensor]:
         vectors = dict(zip(BOUND_NAMES[self._causal, self._bounds.shape[2]], self._bounds.unbind(2), strict=True))
@@ -266,7 +279,15 @@ class ColumnMask:
             raise ValueError(
                 f"masks of different sizes: {self.q_len} x {self.kv_len} and {other.q_len} x {other.kv_len}"
             )
-        batch, heads = torch.broadcast_shapes(self.shape[:2], other.shape[:2])
+        if self.device != other.device:
+            raise ValueError(f"masks on {self.device} and {other.device}; move one with .to()")
+        try:
+            batch, heads = torch.broadcast_shapes(self.shape[:2], other.shape[:2])
+        except RuntimeError:
+            raise ValueError(
+                f"masks of different batches or heads: {tuple(self.shape[:2])} and {tuple(other.shape[:2])}; each must "
+                "be 1 or that of the other"
+            ) from None
         parts = [
             [t.expand(batch, heads, -1, -1) for t in pair]
             for pair in (self.masked_intervals(), other.masked_intervals())
@@ -292,7 +313,7 @@ class ColumnMask:
         # A triangle that would no longer end in the bottom right corner becomes an interval of its own.
         causal = self._causal and (self.kv_len - columns.stop) == (self._q_len - rows.stop)
         bounds = self._bounds if causal else self.bounds_without_causal()
-        bounds = bounds[batch, heads, :, columns] - rows.start
+        bounds = bounds[batch, heads, :, columns].clamp(0, self._q_len) - rows.start
         return ColumnMask(bounds.contiguous(), causal=causal, q_len=q_len)
 
     def bounds_without_causal(self) -> Tensor:

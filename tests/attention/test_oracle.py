@@ -45,7 +45,7 @@ def built(n):
 
 
 def compare(mask, *, heads=4, kv_heads=4, batch=2, d=8, dv=8, softcap=None, sinks=False, dlse=False,
-            dtype=torch.float32, tol=1e-5, grad_tol=1e-4, sort_keys=False):  # fmt: skip
+            dtype=torch.float32, tol=1e-5, grad_tol=1e-4, sort_keys=False, scale=None):  # fmt: skip
     q = torch.randn(batch, mask.q_len, heads, d, dtype=dtype)
     k = torch.randn(batch, mask.kv_len, kv_heads, d, dtype=dtype)
     v = torch.randn(batch, mask.kv_len, kv_heads, dv, dtype=dtype)
@@ -58,7 +58,7 @@ def compare(mask, *, heads=4, kv_heads=4, batch=2, d=8, dv=8, softcap=None, sink
     def run(tensors, backend):
         out, lse = flashmask_attention(
             *tensors[:3], mask, softcap=softcap, sinks=tensors[3] if sinks else None, return_lse=True, backend=backend,
-            sort_keys=sort_keys and backend != "reference",
+            sort_keys=sort_keys and backend != "reference", softmax_scale=scale,
         )  # fmt: skip
         loss = (out.double() * do).sum()
         if dlse:
@@ -212,6 +212,28 @@ def test_paddle_indices_and_plain_masks():
     assert torch.equal(flashmask_attention(q, k, v), flashmask_attention(q, k, v, masks.full(30)))
     scaled = flashmask_attention(q, k, v, softmax_scale=0.3)
     torch.testing.assert_close(scaled, flashmask_attention(q * 0.3 * 8**0.5, k, v))
+    idx.fill_(30)  # the caller's own, which a mask made from it does not follow
+    assert torch.equal(flashmask_attention(q, k, v, mask), expected)
+
+
+@pytest.mark.parametrize("scale", [-0.4, 0.0])
+def test_scales_of_zero_and_less(scale):
+    """torch's kernel hides the triangle before it scales: minus infinity times a negative number."""
+    for mask, features in itertools.product((masks.causal(70), masks.causal_document(lengths=[30, 41])), FEATURES):
+        compare(mask, kv_heads=2, scale=scale, **features)
+
+
+def test_nothing_that_comes_for_the_lse_of_a_row_that_sees_nothing_counts():
+    """A z-loss that leaves such rows out sends NaN there, 0 times infinity."""
+    mask = masks.padding(torch.arange(70)[None] >= 9)
+    inputs = [torch.randn(1, 70, 2, 8, requires_grad=True) for _ in range(3)]
+    found = []
+    for backend in ("torch", "reference"):
+        out, lse = flashmask_attention(*inputs, mask, return_lse=True, backend=backend)
+        loss = out.sum() + torch.where(lse > -torch.inf, lse.square(), 0.0).sum()
+        found.append(torch.autograd.grad(loss, inputs))
+    for grad, expected in zip(*found, strict=True):
+        torch.testing.assert_close(grad, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_autocast_does_not_lower_float32_inputs():

@@ -2,6 +2,7 @@
 
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,6 +57,15 @@ def test_documents_in_every_form():
     assert torch.equal(rows.to_dense()[1:], masks.causal(N).to_dense())
 
 
+def test_integers_of_other_libraries():
+    assert torch.equal(masks.causal(np.int64(5)).bounds, masks.causal(5).bounds)
+    documents = masks.causal_document(lengths=[[3, 2], [1, 4]]).bounds
+    assert torch.equal(masks.causal_document(lengths=list(torch.tensor([[3, 2], [1, 4]]))).bounds, documents)
+    groups = masks.share_question([[3, 2, 1], [1, 4, 2]]).bounds
+    assert torch.equal(masks.share_question(torch.tensor([[3, 2, 1], [1, 4, 2]])).bounds, groups)
+    assert torch.equal(masks.sliding_window(9, [2, 1]).bounds, masks.sliding_window(9, (2, 1)).bounds)
+
+
 def test_share_question():
     groups = [[3, 2, 4], [2, 1, 1, 4]]
     part = [(g, p) for g, lengths in enumerate(groups) for p, n in enumerate(lengths) for _ in range(n)]
@@ -93,6 +103,8 @@ def test_hash_sparse():
     q, k = torch.randint(0, 4, (N,)), torch.randint(0, 4, (N,))
     q_at, k_at = q.argsort(stable=True), k.argsort(stable=True)
     check(masks.hash_sparse(q, k), lambda i, j: q[q_at[i]] == k[k_at[j]] and k_at[j] <= q_at[i])
+    far = torch.tensor([-(2**62), -1, 2**61, 2**62])  # hashes of 64 bits
+    assert torch.equal(masks.hash_sparse(far[q], far[k]).bounds, masks.hash_sparse(q, k).bounds)
     heads = masks.hash_sparse(q.expand(2, 3, N), k.expand(2, 3, N))
     assert torch.equal(heads.to_dense()[1, 2], masks.hash_sparse(q, k).to_dense()[0, 0])
 
@@ -156,6 +168,12 @@ def test_padding():
         (lambda: masks.causal(3.5), "seq_len"),
         (lambda: masks.sliding_window(4, 0), "window_size"),
         (lambda: masks.sliding_window(4, (1, -2)), "window_size"),
+        (lambda: masks.sliding_window(4, [1, 2, 3]), r"an int or a pair \(left, right\), got \[1, 2, 3\]"),
+        (lambda: masks.global_sliding_window(9, 1, (1, 2, 3)), r"an int or a pair"),
+        (lambda: masks.prefix_lm_document(lengths=[4], prefix_lengths=[-1]), "prefix_lengths must not be negative"),
+        (lambda: masks.qk_sparse(lengths=[2, 3], dropped=[0.5, 0.2]), "dropped must be a non-empty 1-D integer"),
+        (lambda: masks.share_question([3, 2]), "one .question, answer, .... a group"),
+        (lambda: masks.share_question(torch.tensor([3, 2])), "one .question, answer, .... a group"),
         (lambda: masks.causal_document(), "exactly one of"),
         (lambda: masks.causal_document([0, 2], lengths=[2]), "exactly one of"),
         (lambda: masks.causal_document([0, 2], position_ids=torch.arange(2)), "documents once"),

@@ -164,6 +164,36 @@ def test_intervals_computed_in_inference_mode_serve_a_backward():
     assert not mask.masked_intervals()[0].is_inference()
 
 
+def test_slices_of_bounds_far_out_of_range():
+    low, high = torch.iinfo(torch.int32).min, torch.iinfo(torch.int32).max
+    for value, visible in ((low, 0), (high, 8)):
+        mask = ColumnMask(torch.full((1, 1, 2, 8), value, dtype=torch.int32), causal=False)
+        mask.bounds[:, :, 1] = 0
+        assert int(mask[:, :, 7:].to_dense().sum()) == visible
+        assert int(mask[:, :, 1:].to_dense().sum()) == 7 * visible
+
+
+def test_bounds_that_are_written_to_are_read_again():
+    mask = masks.causal(8)
+    assert mask.full_prefix == 1
+    assert mask.to_dense().any()
+    moved = mask.to("meta")
+    mask.bounds.zero_()
+    assert not mask.to_dense().any()
+    assert mask.full_prefix == 0
+    assert mask.to("meta") is not moved
+
+
+def test_masks_that_do_not_fit_together():
+    for one, other, message in (
+        (masks.random_eviction(8, num_heads=2), masks.random_eviction(8, num_heads=4), r"\(1, 2\) and \(1, 4\)"),
+        (masks.causal(8), masks.causal(8).to("meta"), "masks on cpu and meta"),
+        (masks.causal(8), masks.causal(9), "different sizes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            one & other
+
+
 def test_density_of_a_million_tokens():
     n = 1 << 20
     mask = masks.causal_document(lengths=[n // 4] * 4)

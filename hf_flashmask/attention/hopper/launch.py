@@ -14,13 +14,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hf_flashmask.attention.backends import describable
 from hf_flashmask.attention.plan import TileList, cached
+from hf_flashmask.attention.scale import positive_scale, sign
 from hf_flashmask.attention.sinks import sink_gradient
 from hf_flashmask.attention.triton.launch import (
     BOUNDS_BLOCK,
     LOG2E,
     multiprocessors,
     padded_bounds,
-    positive_scale,
     tile_list,
 )
 from hf_flashmask.masks import ColumnMask
@@ -177,10 +177,14 @@ def backward(
             ONE_MASK=heads_q // mask.shape[1] % (heads_q // heads_kv) == 0, LSE_FIRST=lse_first, num_warps=4,
             **_common(mask, bounds, lists, q, k, heads_kv, softmax_scale, softcap), **_tiles(width, BACKWARD_CONFIGS),
         )  # fmt: skip
-        # A scale of 0 or less went into q.
-        sign = (given_scale > 0) - (given_scale < 0)
         finish_kernel[(rows,)](
-            buffer, dq, *_strides(dq), scale=softmax_scale * sign, HEAD_DIM=head_dim, BLOCK_D=width, **shared
+            buffer,
+            dq,
+            *_strides(dq),
+            scale=softmax_scale * sign(given_scale),
+            HEAD_DIM=head_dim,
+            BLOCK_D=width,
+            **shared,
         )
     if sinks is None:
         return dq, dk, dv, None

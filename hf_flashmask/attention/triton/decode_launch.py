@@ -19,11 +19,12 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from hf_flashmask.attention.scale import positive_scale
 from hf_flashmask.masks import ColumnMask
 
 from .configs import Config, padded
 from .decode import INVERSE_BITS, MAX_GROUP, combine_kernel, decode_kernel
-from .launch import LOG2E, has_pdl, multiprocessors, positive_scale, precision, with_room
+from .launch import LOG2E, has_pdl, multiprocessors, precision, with_room
 
 # Longer queries fill the ordinary kernel's tiles.
 MAX_Q_LEN = 16

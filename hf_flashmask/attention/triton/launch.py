@@ -14,6 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_flashmask.attention.backends import describable
 from hf_flashmask.attention.plan import TileList, cached
+from hf_flashmask.attention.scale import positive_scale, sign
 from hf_flashmask.attention.sinks import sink_gradient
 from hf_flashmask.masks import ColumnMask
 
@@ -99,16 +100,9 @@ def backward(
     )  # fmt: skip
     case.launch(dkdv_kernel, "dkdv", {"q": q, "k": k, "v": v, "do": do, "dk": dk, "dv": dv}, {"stats": stats})
     if given_scale <= 0:
-        dq = dq * (-1.0 if given_scale < 0 else 0.0)
+        dq = dq * sign(given_scale)
     dsinks = None if sinks is None else sink_gradient(sinks, lse, stats[:, :, 1, : q.shape[1]])
     return dq, dk, dv, dsinks
-
-
-def positive_scale(q: Tensor, softmax_scale: float) -> tuple[Tensor, float]:
-    """The kernels scale after taking a maximum, so a sign goes into q; zero too."""
-    if softmax_scale > 0:
-        return q, softmax_scale
-    return (-q, -softmax_scale) if softmax_scale < 0 else (torch.zeros_like(q), 1.0)
 
 
 class _Case:
