@@ -69,6 +69,13 @@ def test_lengths(n):
         check(document(n)[:, :, n - max(1, n // 3) :], batch=2, kv_heads=1, d=d, dv=d)
 
 
+def test_sorted_keys():
+    """Other sizes than multiples of a window, an order a batch row and key head, and out of a view that TMA reads."""
+    for d in (64, 128):
+        check(masks.random_eviction(1300, num_heads=2, batch_size=2), kv_heads=2, d=d, dv=d, sort_keys=True)
+        check(masks.random_eviction(2100), batch=1, kv_heads=1, d=d, dv=d, sort_keys=True, transposed=True)
+
+
 def test_masks_a_head():
     for (causal, vectors), heads in zip(KINDS, (4, 2, 4, 2), strict=True):
         check(random_mask(200, 330, causal=causal, vectors=vectors, batch=2, heads=heads), kv_heads=2)

@@ -92,6 +92,14 @@ def test_lengths(n):
     check(document(n)[:, :, n - max(1, n // 3) :], batch=2, kv_heads=1)
 
 
+def test_sorted_keys():
+    """The kernel that moves keys, for each dtype, odd head dims, views, and an order a batch row and key head."""
+    mask = masks.random_eviction(1300, num_heads=2, batch_size=2)
+    for dtype, d, dv in ((BF16, 64, 64), (torch.float16, 40, 24), (torch.float32, 128, 72)):
+        check(mask, kv_heads=2, dtype=dtype, d=d, dv=dv, sort_keys=True)
+    check(masks.random_eviction(2100), batch=1, kv_heads=1, sort_keys=True, transposed=True)
+
+
 def test_masks_a_head():
     for (causal, vectors), heads in zip(KINDS, (4, 2, 4, 2), strict=True):
         check(random_mask(200, 230, causal=causal, vectors=vectors, batch=2, heads=heads), kv_heads=2)

@@ -1,5 +1,7 @@
 """Sorting columns: the same mask in another order, in which more tiles are hidden or full."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -40,10 +42,19 @@ def test_the_triangle_as_a_bound_of_its_own():
     assert mask.bounds_without_causal() is mask.bounds
 
 
-@pytest.mark.parametrize(("n", "visited", "full"), [(8192, 0.88, 2.5), (32768, 0.83, 2.7)])
-def test_a_random_eviction_hides_tiles(n, visited, full):
-    """The figures of docs/performance.md; forward tiles of 128 x 128."""
+@pytest.mark.parametrize("n", [8192, 32768])
+def test_a_random_eviction_hides_tiles(n):
+    """As docs/performance.md has it."""
     mask = kernel_masks.build("random_eviction", n).mask
-    before, after = (m.tile_map() for m in (mask, mask.sort_columns()[0]))
-    assert (after > 0).sum() <= visited * (before > 0).sum()
-    assert (after == 2).sum() >= full * (before == 2).sum()
+    before, after = ([int((m.tile_map() >= state).sum()) for state in (1, 2)] for m in (mask, mask.sort_columns()[0]))
+    assert after[0] < 0.88 * before[0]
+    assert after[1] > 2.5 * before[1]
+    row = f"| {n // 1024}K | {before[0]}, {before[1]} | {after[0]}, {after[1]} |"
+    assert row in (Path(__file__).parents[2] / "docs/performance.md").read_text()
+
+
+def test_no_other_mask_of_the_benchmark_hides_more():
+    for name in kernel_masks.MASKS:
+        mask = kernel_masks.build(name, 8192).mask
+        before, after = (int((m.tile_map() > 0).sum()) for m in (mask, mask.sort_columns()[0]))
+        assert name == "random_eviction" or before <= after <= 1.02 * before
