@@ -265,6 +265,8 @@ def _check_mask(
         raise ValueError(
             f"the mask's heads must be 1, {heads_kv} (those of k and v) or {heads_q} (those of q), got {mask.shape[1]}"
         )
+    if not torch.compiler.is_compiling() and mask.bounds.is_inference() and not torch.is_inference_mode_enabled():
+        mask = mask.outside_inference_mode()
     if mask.device != q.device:
         raise ValueError(f"the mask is on {mask.device}, q on {q.device}; use mask.to(q.device)")
     return mask

@@ -14,7 +14,7 @@ from hf_flashmask import masks
 from hf_flashmask.attention.api import attention_of_heads
 from hf_flashmask.masks import ColumnMask
 
-from .packing import BuiltMask, split_documents
+from .packing import BuiltMask, covers, split_documents
 from .paged import PagedStep
 from .sequence_parallel import masks_are_dropped, own_sinks, refuse_context_parallel
 from .tree_mask import TreeMask, WindowedTree
@@ -116,6 +116,10 @@ def flashmask_attention_forward(
         query, key, value = (t.to(lower) for t in (query, key, value))
 
     mask = _given_mask(module, query, key, attention_mask, is_causal, sliding_window)
+    if _attends_elsewhere(module, is_causal):
+        cu_seq_lens_q = cu_seq_lens_k = position_ids = seq_idx = None
+    elif attention_mask is None and not is_causal and not covers(cu_seq_lens_q, cu_seq_lens_k, mask.q_len, mask.kv_len):
+        cu_seq_lens_q = cu_seq_lens_k = None  # a vision tower's own fit it; these are the text's
     if cu_seq_lens_q is not None and masks_are_dropped():
         raise NotImplementedError(
             f"{where}: under Ulysses sequence parallelism documents are told by position_ids, which DeepSpeed gathers; "
@@ -132,8 +136,6 @@ def flashmask_attention_forward(
             "use attn_implementation='sdpa' for this model"
         )
     if cu_seq_lens_q is not None or mask.q_len == mask.kv_len:  # only then are there documents to tell apart
-        if _attends_elsewhere(module, is_causal):
-            position_ids = seq_idx = None
         mask = split_documents(mask, position_ids, cu_seq_lens_q, cu_seq_lens_k, seq_idx)
     mask = mask if mask.device == query.device else mask.to(query.device)
     if s_aux is not None and s_aux.shape[0] != query.shape[1] and masks_are_dropped():
@@ -214,8 +216,8 @@ def _given_mask(
 
 
 def _attends_elsewhere(module: torch.nn.Module, is_causal: bool) -> bool:
-    """Whether keys may come from another sequence, to which the queries' position_ids do not apply."""
-    if getattr(module, "is_cross_attention", False):
+    """Whether keys may come from another sequence, to which position_ids and documents of the queries do not apply."""
+    if getattr(module, "is_cross_attention", False) or "CrossAttention" in type(module).__name__:
         return True
     return not is_causal and bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
 

@@ -8,6 +8,7 @@ OPT) lets documents see each other. Here they are read from what the attention f
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import threading
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_flashmask.masks import ColumnMask
 from hf_flashmask.masks.intervals import run_spans
@@ -74,9 +76,10 @@ def _rebuild(bounds: Tensor, causal: bool, q_len: int, documents_known: bool) ->
 
 
 def documents_from_position_ids(position_ids: Tensor, seq_len: int, kept: Tensor | None) -> Documents | None:
-    """A document begins wherever a row is at its lowest position, the rule of Transformers' own FlashAttention path.
+    """A document begins wherever a row is at its lowest position, and wherever positions fall.
 
-    That is 0, except where a model counts from another number (RoBERTa's from 2).
+    The lowest is 0, except where a model counts from another number (RoBERTa's from 2). Transformers' FlashAttention
+    path goes by zeros alone, its masks by whatever does not follow; positions may be skipped or repeated here.
 
     Args:
         kept: bool ``[B|1, S]``, False for padding, whose positions mean nothing: ``generate`` fills them with 0 or 1,
@@ -88,11 +91,18 @@ def documents_from_position_ids(position_ids: Tensor, seq_len: int, kept: Tensor
     if position_ids.ndim != 2 or position_ids.shape[1] != seq_len or position_ids.is_floating_point():
         return None
     if kept is None:
-        return Documents(*run_spans(position_ids == position_ids.amin(1, keepdim=True)))
+        new = position_ids == position_ids.amin(1, keepdim=True)
+        new[:, 1:] |= position_ids.diff() < 0
+        return Documents(*run_spans(new))
     kept = kept.to(position_ids.device)
     padding = torch.iinfo(position_ids.dtype).max
     lowest = torch.where(kept, position_ids, padding).amin(1, keepdim=True)
-    return Documents(*run_spans((position_ids == lowest) & kept))
+    # The last token before each that is none of padding; those before the first such stand before themselves.
+    at = torch.arange(seq_len, device=position_ids.device)
+    before = torch.where(kept, at, -1).cummax(1).values.roll(1, 1)
+    before = torch.where((before < 0) | (at == 0), at, before).expand_as(position_ids)
+    falls = position_ids < position_ids.gather(1, before)
+    return Documents(*run_spans(((position_ids == lowest) | falls) & kept))
 
 
 def documents_from_seq_idx(seq_idx: Tensor) -> Documents:
@@ -108,6 +118,26 @@ def documents_from_cu_seqlens(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q_len:
     ends_q = torch.cat((cu_seqlens_q.to(torch.int64), torch.tensor([q_len], device=device)))
     at = torch.searchsorted(cu_seqlens_k[1:].to(torch.int64), torch.arange(kv_len, device=device), right=True)
     return Documents(ends_q[at][None], ends_q[at + 1][None])
+
+
+_ends: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def covers(cu_seqlens_q: Any, cu_seqlens_k: Any, q_len: int, kv_len: int) -> bool:
+    """Whether ``cu_seqlens`` end where queries and keys do. Read once a tensor, and not while torch.compile traces."""
+    for cu_seqlens, length in ((cu_seqlens_q, q_len), (cu_seqlens_k, kv_len)):
+        if not isinstance(cu_seqlens, Tensor):
+            continue
+        if torch.compiler.is_compiling():
+            fits = cu_seqlens[-1] == length
+            torch._assert_async(fits, "flashmask under torch.compile: cu_seq_lens of another length than the row")
+            continue
+        version = None if cu_seqlens.is_inference() else cu_seqlens._version
+        if version is None or _ends.get(cu_seqlens, (None,))[0] != version:
+            _ends[cu_seqlens] = (version, int(cu_seqlens[-1]))
+        if _ends[cu_seqlens][1] != length:
+            return False
+    return True
 
 
 def split_documents(
@@ -140,14 +170,25 @@ def _seen(mask: ColumnMask) -> Tensor:
 
 
 def _once(mask: ColumnMask, given: tuple[Tensor, ...], documents: Callable[[], Documents | None]) -> ColumnMask:
-    # Layers share the mask and the tensors; holding the tensors keeps their ids from being reused.
-    known = mask._cache.get("documents")
-    if known is None or len(known[0]) != len(given) or any(a is not b for a, b in zip(known[0], given, strict=True)):
-        found = documents()
-        known = (given, mask if found is None else found.restrict(mask))
+    """``documents()`` applied to the mask, remembered with it: the layers of a forward share both."""
+    tracing = torch.compiler.is_compiling()
+    if not tracing and not isinstance(mask, BuiltMask) and any(t.is_inference() for t in given):
+        return _restricted(mask, documents)  # a user's mask may come again, and these tensors changed without a trace
+    versions = tuple(None if tracing or t.is_inference() else t._version for t in (mask.bounds, *given))
+    # Holding the tensors keeps their ids from being reused.
+    known = mask._cache.get("documents", ((), None, mask))
+    same = len(known[0]) == len(given) and all(a is b for a, b in zip(known[0], given, strict=True))
+    if not same or known[1] != versions:
+        with contextlib.nullcontext() if tracing else torch.inference_mode(False):
+            known = (given, versions, _restricted(mask, documents))
         mask._cache["documents"] = known
-    result: ColumnMask = known[1]
+    result: ColumnMask = known[2]
     return result
+
+
+def _restricted(mask: ColumnMask, documents: Callable[[], Documents | None]) -> ColumnMask:
+    found = documents()
+    return mask if found is None else found.restrict(mask)
 
 
 # ---- position_ids that mask creation was given but does not hand on ---------------------------------------------

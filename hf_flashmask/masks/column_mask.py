@@ -214,6 +214,15 @@ class ColumnMask:
             return self
         return self._moved(self._bounds.contiguous())
 
+    def outside_inference_mode(self) -> ColumnMask:
+        """The same of a mask that was made in inference mode, whose bounds no backward may keep. Made once."""
+        if "outside" not in self._cache:
+            with torch.inference_mode(False):
+                self._cache["outside"] = self._moved(self._bounds.clone())
+                self._cache["outside"].full_prefix = self.full_prefix
+        outside: ColumnMask = self._cache["outside"]
+        return outside
+
     def clone(self) -> ColumnMask:
         return self._moved(self._bounds.clone())
 

@@ -1,5 +1,7 @@
 """Beyond decoders: encoders, encoder-decoders with cross-attention, vision towers that attend image by image."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModel
@@ -64,6 +66,23 @@ def test_encoder_decoders(model_type):
     for length in (5, 12):
         given = {"input_ids": ids, "attention_mask": keep, "decoder_input_ids": tokens(2, length, seed=3)}
         close(ours(**given).last_hidden_state, eager(**given).last_hidden_state)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+def test_decoders_with_cross_attention(model_type):
+    """Of BERT's kind, whose modules do not say that keys are another's: padding on the left, an encoder as long."""
+    config = CONFIG_MAPPING[model_type](
+        vocab_size=100, pad_token_id=0, is_decoder=True, add_cross_attention=True, **ENCODERS[model_type]
+    )
+    keep, encoded = (torch.ones(2, 12, dtype=torch.long) for _ in range(2))
+    keep[1, :4], encoded[0, -3:] = 0, 0
+    given = {
+        "attention_mask": keep, "position_ids": (keep.cumsum(1) - 1).clamp(min=0), "use_cache": False,
+        "encoder_hidden_states": torch.randn(2, 12, 32), "encoder_attention_mask": encoded,
+    }  # fmt: skip
+    eager, ours = (build(copy.deepcopy(config), name)(tokens(2, 12), **given)[0] for name in ("eager", "flashmask"))
+    close(ours[keep.bool()], eager[keep.bool()])
 
 
 @torch.no_grad()

@@ -48,6 +48,32 @@ def test_positions_that_are_no_packing_change_nothing():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"attention_mask": torch.ones(1, 20, dtype=torch.long)}])
+@pytest.mark.parametrize("model_type", ["llama", "gpt_oss"])
+def test_documents_begin_where_positions_fall(model_type, options):
+    """One begins above the lowest position of the row."""
+    eager, ours = pair(model_type)
+    ids, position_ids = tokens(1, 20), torch.tensor([[*range(7), *range(3, 10), *range(6)]])
+    parts = [
+        (x, {"position_ids": p}) for x, p in zip(*(t.split((7, 7, 6), 1) for t in (ids, position_ids)), strict=True)
+    ]
+    alone = torch.cat([eager(x, **given).logits for x, given in parts], 1)
+    torch.testing.assert_close(ours(ids, position_ids=position_ids, **options).logits, alone, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_document_whose_first_tokens_are_padding():
+    eager, ours = pair("llama")
+    ids, keep = tokens(1, 20), torch.ones(1, 20, dtype=torch.long)
+    keep[0, 8:10] = 0
+    position_ids = torch.cat((torch.arange(8), torch.arange(12)))[None]
+    out = ours(ids, position_ids=position_ids, attention_mask=keep).logits
+    torch.testing.assert_close(out[:, :8], eager(ids[:, :8]).logits, atol=1e-4, rtol=1e-4)
+    alone = eager(ids[:, 10:], position_ids=position_ids[:, 10:]).logits
+    torch.testing.assert_close(out[:, 10:], alone, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("filler", [0, 1])
 @pytest.mark.parametrize("model_type", ["llama", "gpt_oss"])
 def test_padding_between_a_soft_prompt_and_its_text(model_type, filler):
@@ -126,6 +152,50 @@ def test_attention_kwargs_of_padding_free_collators():
     torch.testing.assert_close(out, torch.cat(alone, 1))
     with pytest.raises(NotImplementedError, match="one packed row, but the batch has 2"):
         attend(module, *(t.expand(2, -1, -1, -1) for t in (q, k, v)), None, cu_seq_lens_q=CU)
+
+
+def test_a_text_s_cu_seqlens_are_not_those_of_other_parts_of_its_model():
+    """A vision tower of another length, and cross-attention of any, whether its class or its attribute says so."""
+
+    class SomeCrossAttention(torch.nn.Module):
+        pass
+
+    told = torch.nn.Module()
+    told.is_cross_attention = True
+    images = [torch.randn(2, 2, 9, 8) for _ in range(3)]
+    tower, texts = torch.nn.Module(), {"cu_seq_lens_q": CU, "cu_seq_lens_k": CU}
+    expected, _ = attend(tower, *images, None, is_causal=False)
+    assert torch.equal(attend(tower, *images, None, is_causal=False, **texts)[0], expected)
+    q, k, v = (torch.randn(1, 2, n, 8) for n in (11, 11, 11))
+    dense = torch.ones(1, 1, 11, 11, dtype=torch.bool)
+    expected, _ = attend(told, q, k, v, dense, is_causal=False)
+    for module in (told, SomeCrossAttention()):
+        for mask in (dense, built()):
+            out, _ = attend(module, q, k, v, mask, is_causal=False, position_ids=POSITIONS, **texts)
+            assert torch.equal(out, expected if mask is dense else attend(told, q, k, v, built())[0])
+
+
+def test_cu_seqlens_that_are_written_to(monkeypatch):
+    """Beside a mask of the user's, which lives on: in inference mode too, where tensors do not tell."""
+    mask, cu = masks.causal(11), CU.clone()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            cu = CU.clone()
+            for lengths in (LENGTHS, [2, 5, 4]):
+                cu[1:] = torch.tensor(lengths).cumsum(0)
+                expected = masks.causal_document(lengths=lengths).to_dense()
+                assert torch.equal(split_documents(mask, None, cu, cu).to_dense(), expected)
+
+
+def test_masks_made_in_inference_mode_serve_training():
+    model, ids = tiny("llama", "flashmask"), tokens(1, 11)
+    mask = masks.causal(11)
+    with torch.inference_mode():
+        model(ids, attention_mask=mask, cu_seq_lens_q=CU, cu_seq_lens_k=CU)
+        made = masks.causal(11)
+    model(ids, attention_mask=mask, cu_seq_lens_q=CU, cu_seq_lens_k=CU, labels=ids).loss.backward()
+    model(ids, attention_mask=made, labels=ids).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 def test_a_window_given_to_a_module_without_a_mask():
