@@ -89,6 +89,12 @@ def test_pictures_are_checked_before_they_are_needed(monkeypatch, tmp_path):
         assert "must end in what pictures end in" in ended(*command, str(tmp_path / "picture.xyz"))
 
 
+def test_a_missing_extra_is_installed_from_the_clone(monkeypatch):
+    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None)
+    message = "needs fastapi, openai, uvicorn: pip install -c constraints.txt '.[serve]' in the clone"
+    assert message in ended("serve", "x")
+
+
 @pytest.mark.parametrize("what", ["kernels", "sparsity"])
 def test_benchmarks_of_kernels_need_their_device_and_backend(monkeypatch, tmp_path, what):
     monkeypatch.setattr(kernels.torch.cuda, "is_available", lambda: False)

@@ -43,7 +43,9 @@ def from_file(path: Path) -> dict[str, ColumnMask]:
     try:
         dense = _load(path)
     except Exception as error:  # readers raise what their parts raise on what is no such file
-        raise Refusal(f"{path} cannot be read as a saved tensor: {sentence(error)}") from error
+        raise Refusal(
+            f"{path} cannot be read as a saved tensor ({sentence(error)}); save the mask with torch.save or numpy.save"
+        ) from error
     if not isinstance(dense, Tensor) or dense.ndim not in (2, 4):
         shape = f" of shape {tuple(dense.shape)}" if isinstance(dense, Tensor) else ""
         raise Refusal(f"{path} must hold a tensor [Sq, Sk] or [B, H, Sq, Sk], got {type(dense).__name__}{shape}")
