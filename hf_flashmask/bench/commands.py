@@ -1,39 +1,13 @@
-"""``flashmask bench ...``: its commands and their arguments; what they share with the other commands of ``cli``."""
+"""``flashmask bench ...``: its commands and their arguments."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.util
-import sys
-from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-
-def need(packages: Sequence[str], extra: str) -> None:
-    missing = [p for p in packages if importlib.util.find_spec(p) is None]
-    if missing:
-        sys.exit(f"flashmask: this command needs {', '.join(missing)}: pip install 'hf-flashmask[{extra}]'")
-
-
-@contextlib.contextmanager
-def refusals() -> Iterator[None]:
-    """What a benchmark refuses to do ends the command with its message."""
-    from .records import Refusal
-
-    try:
-        yield
-    except Refusal as error:
-        sys.exit(f"flashmask: {error}")
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be positive, got {value}")
-    return value
+from .arguments import need, picture, positive, refusals, seconds
 
 
 def add_bench(commands: Any) -> None:
@@ -92,7 +66,7 @@ def add_bench(commands: Any) -> None:
     _add_model(sweep, layers=32)
     sweep.add_argument("--steps", type=positive, default=3, help="timed steps a method, at most (%(default)s)")
     sweep.add_argument(
-        "--step-limit", type=float, default=60.0, metavar="SECONDS",
+        "--step-limit", type=seconds, default=60.0, metavar="SECONDS",
         help="a method whose step takes longer meets no longer row (%(default)s)",
     )  # fmt: skip
     _add_origin(sweep, "sweep.csv")
@@ -241,8 +215,7 @@ def _bench_sparsity(args: argparse.Namespace) -> None:
 
 
 def _bench_convergence(args: argparse.Namespace) -> None:
-    if args.plot is not None:
-        need(("matplotlib",), "bench")
+    _check_plot(args)
     from . import convergence
 
     _run(convergence, args)
@@ -276,6 +249,7 @@ def _bench_longest(args: argparse.Namespace) -> None:
 
 def _bench_trainers(args: argparse.Namespace) -> None:
     need(("trl", "peft", "datasets", "matplotlib"), "trl,bench")
+    _check_plot(args)
     from . import trainers
 
     _run(trainers, args, tasks=tuple(args.tasks or trainers.TASKS))
@@ -295,6 +269,12 @@ def _bench_infer(args: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
+def _check_plot(args: argparse.Namespace) -> None:
+    if args.plot is not None:
+        need(("matplotlib",), "bench")
+        picture(args.plot, "--plot")
+
+
 def _run(benchmark: Any, args: argparse.Namespace, **chosen: Any) -> None:
     """Run a benchmark's module: its ``Setup`` takes what it has fields for from the arguments, but for ``chosen``."""
     given = {field.name: getattr(args, field.name) for field in fields(benchmark.Setup) if hasattr(args, field.name)}
@@ -309,6 +289,7 @@ def _bench_plot(args: argparse.Namespace) -> None:
     from . import plots
 
     out = args.out or args.csv.with_suffix(".png")
+    picture(out)
     with refusals():
         plots.plot(args.csv, out)
     print(f"wrote {out}")
@@ -319,10 +300,11 @@ def _bench_table(args: argparse.Namespace) -> None:
 
     with refusals():
         rows = records.read(args.csv)
-        if "visible" in rows[0]:  # as ``plot`` knows a sweep
-            print(sweep_table.markdown(rows))
-        else:
-            print(kernels.markdown(rows, args.head_dim, other=args.peer))
+        with records.understood(args.csv):
+            if "visible" in rows[0]:  # as ``plot`` knows a sweep
+                print(sweep_table.markdown(rows))
+            else:
+                print(kernels.markdown(rows, args.head_dim, other=args.peer))
 
 
 def _common(args: argparse.Namespace) -> dict[str, Any]:

@@ -258,6 +258,7 @@ def draw(results: dict[tuple[str, bool], Result], path: Path) -> None:
     right.set_title("Same documents, same loss", fontsize=10)
     right.spines[["top", "right"]].set_visible(False)
     right.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 

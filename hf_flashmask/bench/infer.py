@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from hf_flashmask.attention.backends import BACKENDS
+
 from . import infer_attention, infer_models
 from .clock import Clock
 from .kernels import release
@@ -61,6 +63,7 @@ class Setup:
 
     def __post_init__(self) -> None:
         check_known("cases", self.cases, CASES)
+        check_known("backend", [self.backend], BACKENDS)
         check_device(self.device)
         if self.heads % self.kv_heads:
             raise Refusal(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")

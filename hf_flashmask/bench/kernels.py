@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_flashmask.attention.backends import BACKENDS
+
 from . import accuracy, kernel_masks
 from .clock import Clock
 from .measure import table
 from .peers import KernelCase, Make, Peer, load
-from .records import ENVIRONMENT, Log, Refusal, check_known, environment, failure
+from .records import ENVIRONMENT, Log, Refusal, check_device, check_known, environment, failure
 
 # FLOPs of a visible pair and head, in units of the head dim: 2 products forward, 5 backward.
 FLOPS = {"fwd": 4.0, "bwd": 10.0}
@@ -50,6 +52,8 @@ class Setup:
 
     def __post_init__(self) -> None:
         check_known("masks", self.masks, kernel_masks.MASKS)
+        check_known("backend", [self.backend], BACKENDS)
+        check_device(self.device)
         if odd := [d for d in self.head_dims if self.hidden % d]:
             raise Refusal(f"head_dims must divide the hidden size of {self.hidden}, got {odd}")
         if long := [n for n in self.lengths if n > self.tokens]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -58,7 +59,8 @@ def _proc_status(field: str) -> int | None:
 def in_fresh_process(function: Callable[..., T], *args: object) -> T:
     """Run in a new Python process, so that one method's leftovers are not another's baseline."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+    # SIG_DFL: an interrupt ends it without a traceback, as it ends the command.
+    with ProcessPoolExecutor(1, context, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
         return pool.submit(function, *args).result()
 
 

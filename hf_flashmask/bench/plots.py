@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from . import plots_inference, plots_lengths, sparsity
 from .convergence import gap
 from .plot_style import INK, METHODS, OURS, Row, Untimed, origin, plain, timed
-from .records import Refusal, read
+from .records import Refusal, read, understood
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +33,8 @@ def plot(path: Path, out: Path) -> None:
     if draw is None:
         raise Refusal(f"{path} comes from no benchmark that has a picture")
     try:
-        figure = draw(rows)
+        with understood(path):
+            figure = draw(rows)
     except Untimed:
         raise Refusal(f"nothing in {path} was timed; its notes say why") from None
     out.parent.mkdir(parents=True, exist_ok=True)

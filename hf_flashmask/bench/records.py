@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -72,19 +74,22 @@ class Log:
     """A CSV file that rows are appended to; an interrupted run keeps what it has.
 
     Raises:
-        Refusal: the file exists and holds other columns.
+        Refusal: the file holds other columns, or cannot be read or written.
     """
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self._path, self._columns = path, tuple(columns)
-        if path.exists() and path.stat().st_size:
-            with path.open(newline="", encoding="utf-8") as file:
-                header = tuple(next(csv.reader(file), ()))
-            if header != self._columns:
-                raise Refusal(f"{path} has other columns than this run would write; give another file")
-        else:
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a+", newline="", encoding="utf-8") as file:
+                file.seek(0)
+                header = tuple(next(csv.reader(file), ()))
+        except _UNREADABLE as error:
+            raise Refusal(f"rows cannot be appended to {path}: {failure(error)}; give another file") from error
+        if not header:
             self._write([dict(zip(columns, columns, strict=True))])
+        elif header != self._columns:
+            raise Refusal(f"{path} has other columns than this run would write; give another file")
 
     def append(self, rows: Sequence[Mapping[str, object]]) -> None:
         self._write(rows)
@@ -92,6 +97,10 @@ class Log:
     def _write(self, rows: Sequence[Mapping[str, object]]) -> None:
         with self._path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self._columns).writerows(rows)
+
+
+# What files raise that are folders, not ours to use, or no text.
+_UNREADABLE = (OSError, UnicodeDecodeError, csv.Error)
 
 
 def failure(error: Exception) -> str:
@@ -104,12 +113,31 @@ def read(path: Path) -> list[dict[str, str]]:
     """Rows of a CSV file.
 
     Raises:
-        Refusal: there is no such file, or it holds none.
+        Refusal: there is no such file, it is no CSV file, or it holds no rows.
     """
     if not path.exists():
         raise Refusal(f"there is no {path}")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows: list[Any] = list(csv.DictReader(file))
+    except _UNREADABLE as error:
+        raise Refusal(f"{path} cannot be read as CSV: {failure(error)}") from error
     if not rows:
         raise Refusal(f"{path} holds no measurements")
+    # Cells beyond the header are under None; those that a line lacks are None.
+    if uneven := [i for i, row in enumerate(rows) if None in row or None in row.values()]:
+        raise Refusal(f"{path} cannot be read as CSV: row {uneven[0] + 1} does not have the cells of the header")
     return rows
+
+
+@contextlib.contextmanager
+def understood(path: Path) -> Iterator[None]:
+    """What the rows of a file lack, or hold instead of what a benchmark writes, is said of the file."""
+    try:
+        yield
+    except Refusal:
+        raise
+    except KeyError as error:
+        raise Refusal(f"{path} comes from no benchmark that this command knows: it lacks {error}") from error
+    except (IndexError, ValueError, ZeroDivisionError) as error:
+        raise Refusal(f"{path} holds what no benchmark writes: {failure(error)}") from error

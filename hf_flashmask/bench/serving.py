@@ -21,7 +21,7 @@ import torch
 from .demo import texts, train_tokenizer
 from .kernels import release
 from .measure import PeakMemory, mib, table
-from .records import ENVIRONMENT, Log, Refusal, check_device, environment, failure
+from .records import ENVIRONMENT, Log, Refusal, check_device, check_known, environment, failure
 
 SHOTS = 8  # prompts have fewer solved problems than this
 PAGE = 256  # tokens; what Transformers takes by itself
@@ -61,6 +61,11 @@ class Setup:
                 f"heads must be a multiple of kv_heads and hidden an even one of heads, got {self.heads}, "
                 f"{self.kv_heads} and {self.hidden}"
             )
+        from transformers import AttentionInterface
+
+        # A name with a "/" is a kernel of the Hub, which Transformers loads.
+        local = [name for name in self.methods if "/" not in name]
+        check_known("methods", local, ["eager", *sorted(AttentionInterface().valid_keys())])
         check_device(self.device)
 
 

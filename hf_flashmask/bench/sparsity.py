@@ -15,10 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
+from hf_flashmask.attention.backends import BACKENDS
+
 from . import kernel_masks, kernels
 from .clock import Clock
 from .peers import KernelCase, load
-from .records import Log, environment
+from .records import Log, check_device, check_known, environment
 
 TILE = 128
 MAX_DOCUMENTS = 64
@@ -40,6 +42,10 @@ class Setup:
     time_budget: float | None = None  # seconds
     commit: str | None = None
     command: str = ""
+
+    def __post_init__(self) -> None:
+        check_known("backend", [self.backend], BACKENDS)
+        check_device(self.device)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,13 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from .outcome import CASES, COLUMNS, OK, STATUSES, Row
+from hf_flashmask.bench.records import Refusal, read
+
+from .outcome import CASES, COLUMNS, FAILED, MISMATCH, OK, STATUSES, Row
 
 
 def write_csv(rows: Iterable[Row], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -20,8 +23,19 @@ def write_csv(rows: Iterable[Row], path: Path) -> None:
 
 
 def read_csv(path: Path) -> list[Row]:
-    with path.open(newline="") as file:
-        return [Row(**values) for values in csv.DictReader(file)]
+    """
+    Raises:
+        Refusal: it is no file that ``write_csv`` wrote.
+    """
+    found = read(path)
+    if missing := set(COLUMNS) - found[0].keys():
+        raise Refusal(f"{path} is no table of 'flashmask check --models': it has no column {min(missing)}")
+    return [Row(**{name: row[name] for name in COLUMNS}) for row in found]
+
+
+def wrong(rows: Iterable[Row]) -> list[str]:
+    """Types of which a case differs from eager or whose check failed."""
+    return [f"{row.kind} {row.type}: {row.status} ({row.reason})" for row in rows if row.status in (MISMATCH, FAILED)]
 
 
 def lost(before: Iterable[Row], after: Iterable[Row]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import selectors
@@ -131,6 +132,13 @@ def run(
     threads = [threading.Thread(target=work) for _ in range(min(jobs, len(todo)))]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    except KeyboardInterrupt:
+        # Python waits for the threads, so they are to begin nothing more.
+        with contextlib.suppress(queue.Empty):
+            while True:
+                waiting.get_nowait()
+        raise
     return [row if row is not None else Row(*todo[i], FAILED, "its worker failed") for i, row in enumerate(rows)]

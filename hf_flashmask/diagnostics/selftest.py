@@ -102,7 +102,7 @@ def kernels() -> tuple[list[Kernel], list[str]]:
 def run(
     budget: float = 45.0, length: int | None = None, track: Callable[[list[Work]], Iterable[Work]] = iter
 ) -> tuple[str, bool]:
-    """The table, and whether nothing failed. What would begin after ``budget`` seconds is not run, and says so.
+    """The table, and whether something ran and nothing failed. What would begin after ``budget`` seconds is not run.
 
     ``track`` may show how far the walk over all of them is, as tqdm does.
     """
@@ -125,8 +125,12 @@ def run(
     text.append("Worst error of out, lse and every gradient, of one row, over what rounding explains; ok up to 1.")
     if late:
         text.append(f"{late} not run: {budget:.0f} s were over. Compiled kernels are kept: run it again.")
-    text.append(f"{failed} of {len(cells) - late} failed" if failed else f"all {len(cells) - late} ok")
-    return "\n".join(text), not failed
+    ran = len(cells) - late
+    if not ran:
+        text.append("nothing was checked")
+    else:
+        text.append(f"{failed} of {ran} failed" if failed else f"all {ran} ok")
+    return "\n".join(text), bool(ran) and not failed
 
 
 def _places(columns: list[Kernel]) -> list[tuple[str, str]]:

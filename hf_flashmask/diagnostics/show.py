@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_flashmask import ColumnMask, masks
 from hf_flashmask.bench.records import Refusal
+from hf_flashmask.coverage.outcome import sentence
 
 # Builders that document lengths are enough for.
 OF_LENGTHS = ("causal_document", "document", "share_question", "causal_blockwise")
@@ -35,21 +36,32 @@ def from_position_ids(position_ids: Sequence[int]) -> dict[str, ColumnMask]:
 
 def from_file(path: Path) -> dict[str, ColumnMask]:
     """A dense mask ``[Sq, Sk]`` or ``[B|1, H|1, Sq, Sk]``, bool or additive, saved by torch.save or numpy.save."""
-    if not path.exists():
-        raise Refusal(f"there is no {path}")
-    if path.suffix == ".npy":
-        import numpy as np
-
-        dense: Any = torch.from_numpy(np.load(path, allow_pickle=False))
-    elif path.suffix == ".pt":
-        dense = torch.load(path, map_location="cpu", weights_only=True)
-    else:
+    if not path.is_file():
+        raise Refusal(f"there is no {path}" if not path.exists() else f"{path} is no file")
+    if path.suffix not in (".pt", ".npy"):
         raise Refusal(f"{path}: a mask is read from .pt (torch.save) or .npy (numpy.save)")
+    try:
+        dense = _load(path)
+    except Exception as error:  # readers raise what their parts raise on what is no such file
+        raise Refusal(
+            f"{path} cannot be read as a saved tensor ({sentence(error)}); save the mask with torch.save or numpy.save"
+        ) from error
     if not isinstance(dense, Tensor) or dense.ndim not in (2, 4):
         shape = f" of shape {tuple(dense.shape)}" if isinstance(dense, Tensor) else ""
         raise Refusal(f"{path} must hold a tensor [Sq, Sk] or [B, H, Sq, Sk], got {type(dense).__name__}{shape}")
+    if dense.layout != torch.strided or dense.is_meta:
+        kind = "a meta tensor" if dense.is_meta else f"one of layout {dense.layout}"
+        raise Refusal(f"{path} must hold a dense tensor with its values, got {kind}")
     with _user_errors():
         return {path.name: ColumnMask.from_dense(dense if dense.ndim == 4 else dense[None, None])}
+
+
+def _load(path: Path) -> Any:
+    if path.suffix == ".pt":
+        return torch.load(path, map_location="cpu", weights_only=True)
+    import numpy as np
+
+    return torch.from_numpy(np.load(path, allow_pickle=False))
 
 
 def from_model(model_type: str, lengths: Sequence[int]) -> dict[str, ColumnMask]:
@@ -64,7 +76,9 @@ def from_model(model_type: str, lengths: Sequence[int]) -> dict[str, ColumnMask]
 
     kinds = [kind for kind in ("causal", "masked", "seq2seq") if model_type in build.model_types(kind)]
     if not kinds:
-        raise Refusal(f"this Transformers has no text model of type {model_type!r}; 'flashmask check' knows them all")
+        raise Refusal(
+            f"this Transformers has no text model of type {model_type!r}; 'flashmask check --models' knows them all"
+        )
     n = sum(lengths)
     quarter = max(1, n // 4)
     windows = dict.fromkeys(("sliding_window", "attention_chunk_size", "local_attention", "window_size"), quarter)

@@ -1,6 +1,8 @@
 """What a table says, and what it notices."""
 
+import signal
 import sys
+import threading
 import time
 
 import pytest
@@ -73,6 +75,23 @@ def test_a_hang_and_a_crash_cost_one_row(monkeypatch):
     assert "code 3: last words" in rows[2].reason
 
 
+def test_an_interrupt_begins_nothing_more(monkeypatch):
+    monkeypatch.setattr(run, "COMMAND", (sys.executable, "-c", FAKE_WORKER))
+    lines = []
+
+    def interrupt(line):
+        if not lines:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        lines.append(line)
+
+    threads = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt):
+        run.run([("causal", "slow")] * 50, jobs=1, progress=interrupt)
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(timeout=5)
+    assert 1 <= len(lines) < 25
+
+
 FAKE_WORKER = """
 import json, sys, time
 print("ready", flush=True)
@@ -80,6 +99,8 @@ for line in sys.stdin:
     kind, name = json.loads(line)
     if name == "hang":
         time.sleep(60)
+    if name == "slow":
+        time.sleep(0.05)
     if name == "crash":
         sys.stderr.write("last words")
         sys.exit(3)

@@ -62,6 +62,7 @@ def test_what_raises_fails_and_what_is_late_is_said(monkeypatch, capsys):
     code, printed = check(monkeypatch, capsys)
     assert code == 1
     assert "FAILED: RuntimeError: no kernel image is available" in printed
-    code, printed = check(monkeypatch, capsys, "--seconds", "0")
-    assert not code
+    code, printed = check(monkeypatch, capsys, "--seconds", "1e-9")
+    assert code == 1
     assert "1 not run: 0 s were over" in printed
+    assert "nothing was checked" in printed

@@ -64,10 +64,9 @@ def test_an_encoders_layers_and_a_picture(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "what to show"),
         (["--file", "missing.pt"], "there is no missing.pt"),
         (["--position-ids", "0", "2"], "position_ids must be depths"),
-        (["--model", "gpt5"], "no text model of type 'gpt5'"),
+        (["--model", "gpt5"], "no text model of type 'gpt5'; 'flashmask check --models' knows"),
         (["--model", "bloom"], "computes attention itself"),
         (["--lengths", "3", "--head", "7"], None),
     ],
@@ -84,3 +83,66 @@ def test_masks_that_bounds_cannot_hold(tmp_path):
     torch.save(torch.tensor([[1, 0, 1, 0, 1, 0, 1, 0]] * 8, dtype=torch.bool).T.clone(), tmp_path / "stripes.pt")
     with pytest.raises(SystemExit, match="hides 4 separate query intervals"):
         main(["show", "--file", str(tmp_path / "stripes.pt")])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "what to show"),
+        (["--lengths", "3", "--position-ids", "0", "1"], "--position-ids does not go with --lengths"),
+        (["--file", "mask.pt", "--model", "llama"], "--file does not go with --model"),
+        (["--model", "llama", "--kind", "document"], "--kind does not go with --model"),
+        (["--file", "mask.pt", "--length", "9"], "--length does not go with --file"),
+        (["--model", "llama", "--lengths", "3", "2", "--length", "9"], "--length does not go with --lengths"),
+    ],
+)
+def test_what_would_be_ignored_is_an_error_of_usage(capsys, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        main(["show", *arguments])
+    assert ended.value.code == 2
+    assert f"flashmask show: error: {message}" in capsys.readouterr().err
+
+
+class Unknown:
+    """What torch.load does not unpickle by itself."""
+
+
+def not_masks():
+    square = torch.ones(4, 4)
+    return {
+        "corrupt.npy": b"\x93NUMPY\x01\x00 and no more",
+        "empty.npy": b"",
+        "objects.npy": np.array([[{}]], dtype=object),
+        "text.npy": np.array([["a", "b"]]),
+        "corrupt.pt": b"PK\x03\x04 and no more",
+        "empty.pt": b"",
+        "pickled.pt": Unknown(),
+        "sparse.pt": square.to_sparse(),
+        "meta.pt": square.to("meta"),
+        "folder.pt": None,
+        "folder.npy": None,
+    }
+
+
+@pytest.mark.parametrize("name", not_masks())
+def test_files_that_hold_no_mask(tmp_path, name):
+    path, content = tmp_path / name, not_masks()[name]
+    if content is None:
+        path.mkdir()
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    elif name.endswith(".npy"):
+        np.save(path, content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(
+        SystemExit, match=f"flashmask: .*{name} (cannot be read as a saved|must hold a dense|is no file)"
+    ):
+        main(["show", "--file", str(path)])
+
+
+def test_pictures_that_cannot_be_written(tmp_path):
+    for out, message in {"mask.xyz": "must end in what pictures end in", "folder.png": "is a directory"}.items():
+        (tmp_path / "folder.png").mkdir(exist_ok=True)
+        with pytest.raises(SystemExit, match=f"flashmask: --out .*{message}"):
+            main(["show", "--lengths", "3", "--out", str(tmp_path / out)])

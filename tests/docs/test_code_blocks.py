@@ -10,8 +10,9 @@ import shlex
 import pytest
 import torch
 
+from hf_flashmask import ColumnMask, flashmask_attention
 from hf_flashmask.bench import demo
-from hf_flashmask.cli import parser
+from hf_flashmask.cli import main, parser
 from tests.docs.pages import PAGES, ROOT, blocks
 
 PYTHON = [page for page in PAGES if any(blocks(page, "python"))]
@@ -106,6 +107,30 @@ def test_python(page, names, capsys):
     for block in blocks(page, "python"):
         if not block.options:
             exec(compile("\n" * (block.line - 1) + block.code, block.where, "exec"), names)
+
+
+def test_parts_are_merged_where_rows_see_nothing():
+    """The block of the page, over a mask whose rows 600 to 699 see no key."""
+    q, k, v = (torch.randn(1, 1024, 2, 8, requires_grad=True) for _ in range(3))
+    i, j = torch.arange(1024)[:, None], torch.arange(1024)[None]
+    mask = ColumnMask.from_dense(((j <= i) & ((i < 600) | (i >= 700)))[None, None])
+    out = flashmask_attention(q, k, v, mask)
+    (block,) = (b for b in blocks(ROOT / "docs" / "recipes" / "own_model.md", "python") if "logaddexp" in b.code)
+    names = {"flashmask_attention": flashmask_attention, "torch": torch} | {
+        "q": q,
+        "k": k,
+        "v": v,
+        "mask": mask,
+        "out": out,
+    }
+    exec(block.code, names)
+    for merged, whole in zip(*(torch.autograd.grad(t.sum(), (q, k, v)) for t in (names["merged"], out)), strict=True):
+        torch.testing.assert_close(merged, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_the_drawing_is_what_the_command_prints(capsys):
+    main(["show", "--lengths", "5", "3", "8"])
+    assert f"\n```\n{capsys.readouterr().out}```\n" in (ROOT / "docs" / "commands.md").read_text()
 
 
 def test_few_blocks_are_left_out():
