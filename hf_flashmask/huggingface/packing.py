@@ -94,13 +94,13 @@ def documents_from_position_ids(position_ids: Tensor, seq_len: int, kept: Tensor
         new = position_ids == position_ids.amin(1, keepdim=True)
         new[:, 1:] |= position_ids.diff() < 0
         return Documents(*run_spans(new))
-    kept = kept.to(position_ids.device)
+    position_ids, kept = torch.broadcast_tensors(position_ids, kept.to(position_ids.device))
     padding = torch.iinfo(position_ids.dtype).max
     lowest = torch.where(kept, position_ids, padding).amin(1, keepdim=True)
     # The last token before each that is none of padding; those before the first such stand before themselves.
     at = torch.arange(seq_len, device=position_ids.device)
     before = torch.where(kept, at, -1).cummax(1).values.roll(1, 1)
-    before = torch.where((before < 0) | (at == 0), at, before).expand_as(position_ids)
+    before = torch.where((before < 0) | (at == 0), at, before)
     falls = position_ids < position_ids.gather(1, before)
     return Documents(*run_spans(((position_ids == lowest) | falls) & kept))
 

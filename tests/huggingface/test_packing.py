@@ -254,3 +254,9 @@ def test_trainer_collators_do_not_leak():
     for given in (batch, plain):
         given = {k: v for k, v in given.items() if k != "labels"}
         torch.testing.assert_close(ours(**given).logits, torch.cat(alone, 1), rtol=0, atol=1e-5)
+
+
+def test_one_row_of_positions_for_a_padded_batch():
+    keep = torch.tensor([[1] * 11, [0, 0, *[1] * 9]], dtype=torch.bool)
+    found = packing.documents_from_position_ids(torch.arange(11)[None], 11, keep)
+    assert torch.equal(found.start, torch.tensor([[0] * 11, [0, 0, *[2] * 9]]))
