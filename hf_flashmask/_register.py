@@ -9,16 +9,17 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-_AWAITED = "transformers.modeling_utils"
+# Models load the first; whoever makes masks without them, the second.
+_AWAITED = ("transformers.modeling_utils", "transformers.masking_utils")
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds the awaited module as usual, once, and registers after it has run."""
+    """Finds an awaited module as usual, once, and registers after it has run."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _AWAITED or self not in sys.meta_path:
+        if fullname not in _AWAITED or self not in sys.meta_path:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -46,7 +47,8 @@ def _register() -> None:
 
 def when_transformers_loads() -> None:
     """Register now if Transformers' modelling code has been imported, else right after it is."""
-    if hasattr(sys.modules.get(_AWAITED), "AttentionInterface"):
+    names = ("AttentionInterface", "AttentionMaskInterface")  # defined late: their modules have run
+    if any(hasattr(sys.modules.get(module), name) for module, name in zip(_AWAITED, names, strict=True)):
         _register()
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())

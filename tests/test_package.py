@@ -76,7 +76,19 @@ def test_importing_takes_little_more_than_transformers():
         assert min(float(python(clock.format(transformers))) for _ in range(3)) <= 0.3
 
 
-@pytest.mark.parametrize("first", ["hf_flashmask", "transformers.modeling_utils"])
+def test_masks_made_before_any_model_is_imported():
+    python(
+        "import hf_flashmask, torch\n"
+        "from transformers import LlamaConfig\n"
+        "from transformers.masking_utils import create_causal_mask\n"
+        "config = LlamaConfig(attn_implementation='flashmask')\n"
+        "keep = torch.tensor([[0, 1, 1]])\n"
+        "mask = create_causal_mask(config, torch.zeros(1, 3, 8), keep, None)\n"
+        "assert mask.to_dense().sum() == 3, mask"
+    )
+
+
+@pytest.mark.parametrize("first", ["hf_flashmask", "transformers.modeling_utils", "transformers.masking_utils"])
 def test_registers_whichever_is_imported_first(first):
     second = {"hf_flashmask": "transformers.modeling_utils"}.get(first, "hf_flashmask")
     python(

@@ -256,6 +256,7 @@ def _without_mask(
 
 
 # Dense masks by tensor: layers of one forward share the tensor, so it is converted once. A view is known by its base.
+# Tensors of inference mode do not tell when they are written to: they are compared with a copy.
 _dense: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -266,13 +267,13 @@ def _from_dense(dense: Tensor) -> ColumnMask:
             "attention_mask=hf_flashmask.ColumnMask.from_dense(mask)"
         )
     base = dense if dense._base is None else dense._base
-    version = None if dense.is_inference() else dense._version
-    key = (version, tuple(dense.shape), dense.stride(), dense.storage_offset(), dense.dtype)
+    untold = dense.is_inference()
+    key = (None if untold else dense._version, tuple(dense.shape), dense.stride(), dense.storage_offset(), dense.dtype)
     known = _dense.setdefault(base, {})
-    if key not in known:
+    if key not in known or (untold and not torch.equal(dense, known[key][1])):
         known.clear()
         # Outside inference mode: a training step may meet the same tensor later.
         with torch.inference_mode(False):
-            known[key] = ColumnMask.from_dense(dense)
-    result: ColumnMask = known[key]
+            known[key] = ColumnMask.from_dense(dense), dense.clone() if untold else None
+    result: ColumnMask = known[key][0]
     return result

@@ -51,6 +51,7 @@ class _Keys(NamedTuple):
 
     position: Tensor  # int64 [Sk], absolute
     origin: Tensor | None  # int64 [B|1, Sk]: where position 0 of the key's document lies; None: at 0
+    remapped: bool = False  # by position_ids, which may begin at another number, so before the document
 
 
 def flashmask_mask(
@@ -242,7 +243,7 @@ def _intersection(functions: tuple[Callable[..., Any], ...], keys: _Keys) -> Row
                 return None
             held = cells(function)
             j = keys.position
-            part = _rows(held["mask_function"], _Keys(j, j - held["position_ids"].to(j.device, torch.int64)))
+            part = _rows(held["mask_function"], _Keys(j, j - held["position_ids"].to(j.device, torch.int64), True))
         else:
             part = _rows(function, keys)
         if part is None:
@@ -293,8 +294,8 @@ def _window_both_ways(held: dict[str, Any], keys: _Keys) -> Rows:
 def _chunked(held: dict[str, Any], keys: _Keys) -> Rows:
     size, start = held["chunk_size"], held["left_padding"].to(keys.position.device, torch.int64)[:, None]
     if keys.origin is not None:
-        # Chunks are counted from the document's beginning, wherever its row put it.
-        start = torch.maximum(start, keys.origin)
+        # Chunks are counted from the document's position 0, wherever its row put it.
+        start = start + keys.origin if keys.remapped else torch.maximum(start, keys.origin)
     first = start + torch.div(keys.position - start, size, rounding_mode="floor") * size
     return Rows(first, first + size)
 

@@ -23,6 +23,11 @@ def from_dense(mask: Tensor) -> ColumnMask:
         raise TypeError(
             f"mask must be bool (True = visible) or additive float, got {mask.dtype}; for a 0/1 mask pass mask.bool()"
         )
+    if mask.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(
+            "mask requires grad, but a mask has no gradient; pass mask.detach(), or, if it is a bias that is learned, "
+            "use attn_implementation='sdpa' or 'eager' for it"
+        )
     mask = mask.detach()
     # A broadcast dimension (stride 0) holds one mask, whatever its size says.
     mask = mask[tuple(slice(0, 1) if mask.stride(d) == 0 else slice(None) for d in range(2))]

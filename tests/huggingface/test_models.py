@@ -216,6 +216,26 @@ def test_a_column_mask_as_attention_mask():
         ours(ids, attention_mask=masks.causal(9))
 
 
+def test_a_bias_that_is_learned_is_refused_from_its_beginning():
+    """While it is zero it looks like a mask; unseen by autograd it would stay zero."""
+    ours, ids = tiny("llama", "flashmask"), tokens(1, 12)
+    additive = torch.where(masks.causal(12).to_dense(), 0.0, -torch.inf)
+    bias = torch.zeros(1, 1, 12, 12, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="mask requires grad.*use attn_implementation='sdpa' or 'eager'"):
+        ours(ids, attention_mask=additive + bias)
+    with torch.no_grad():
+        close(ours(ids, attention_mask=additive + bias).logits, ours(ids).logits)
+
+
+@torch.no_grad()
+def test_chunks_of_documents_that_begin_above_zero():
+    eager, ours = pair("llama4_text")
+    ids = tokens(1, 20)
+    position_ids = torch.cat((torch.arange(3, 14), torch.arange(9)))[None]
+    given = {"position_ids": position_ids, "use_cache": False}
+    close(ours(ids, **given).logits, eager(ids, **given).logits)
+
+
 @torch.no_grad()
 def test_dense_masks_are_converted_once_a_forward(monkeypatch):
     ours = tiny("llama", "flashmask")
@@ -230,6 +250,14 @@ def test_dense_masks_are_converted_once_a_forward(monkeypatch):
     dense[:, :, :, 3] = False
     assert not torch.equal(ours(ids, attention_mask=dense).logits, first)
     assert len(calls) == 2
+    # In inference mode, where tensors do not tell, too.
+    with torch.inference_mode():
+        written = masks.causal(12).to_dense()
+        ours(ids, attention_mask=written)
+        assert len(calls) == 3
+        written[:, :, :, 3] = False
+        assert torch.equal(ours(ids, attention_mask=written).logits, ours(ids, attention_mask=dense).logits)
+        assert len(calls) == 4
     # Met first in inference mode, it serves training all the same.
     with torch.inference_mode():
         ours(ids, attention_mask=(other := dense.clone()))
