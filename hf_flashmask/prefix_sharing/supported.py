@@ -98,16 +98,11 @@ def check_model(backbone: Any) -> None:
     if getattr(config, "is_encoder_decoder", False) or hasattr(config, "vision_config"):
         raise NotImplementedError(f"{name} is not a decoder of text alone, whose rows could be merged")
     parameters = inspect.signature(backbone.forward).parameters
-    if "labels" in parameters:
-        raise NotImplementedError(
-            f"{name} makes a loss itself, so it is not the backbone, and it has none under base_model_prefix="
-            f"{backbone.base_model_prefix!r}; run it without share_prompts"
-        )
     missing = [p for p in ("input_ids", "attention_mask", "position_ids") if p not in parameters]
     if missing:
         raise NotImplementedError(f"{name}.forward takes no {missing[0]}, which merged rows need")
     if "cross_attention_states" in parameters:
-        raise NotImplementedError(f"{name} attends to cross_attention_states of images, which belong to single rows")
+        raise NotImplementedError(f"{name} attends to images (cross_attention_states), which belong to single rows")
     if other := set(getattr(config, "layer_types", None) or _ATTENTION) - set(_ATTENTION):
         raise NotImplementedError(
             f"{name} has layers of {', '.join(sorted(other))}, which would mix tokens of other branches of the tree"
@@ -117,6 +112,11 @@ def check_model(backbone: Any) -> None:
             raise NotImplementedError(f"{name} mixes neighbouring tokens in {path} ({type(module).__name__})")
         if "Positional" in type(module).__name__ and "attention_mask" in inspect.signature(module.forward).parameters:
             raise NotImplementedError(f"{name} counts positions from the attention mask in {path}")
+    if "labels" in parameters:
+        raise NotImplementedError(
+            f"{name} makes a loss itself, so it is not the backbone, and it has none under base_model_prefix="
+            f"{backbone.base_model_prefix!r}; run it without share_prompts"
+        )
 
 
 def has_cache(given: dict[str, Any]) -> bool:
