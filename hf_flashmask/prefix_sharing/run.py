@@ -13,12 +13,17 @@ from hf_flashmask.huggingface.tree_mask import TreeMask, TreeRows
 from .merge import MergedRows, merge_rows
 
 
-def run_merged(backbone: Any, forward: Callable[..., Any], given: dict[str, Any]) -> tuple[Any, int, int]:
-    """(what ``forward`` gives for the rows, tokens of the rows, tokens computed)."""
+def run_merged(
+    backbone: Any, forward: Callable[..., Any], given: dict[str, Any], last_position: bool
+) -> tuple[Any, int, int]:
+    """(what ``forward`` gives for the rows, tokens of the rows, tokens computed).
+
+    ``last_position`` is what ``reads_last_position(backbone)`` says; it walks the model, so it is asked once.
+    """
     input_ids, position_ids = given["input_ids"], given.get("position_ids")
     rows = merge_rows(input_ids, given.get("attention_mask"), position_ids)
     n_rows_tokens, n_merged_tokens = rows.rows_tokens, rows.input_ids.shape[1]
-    if _reads_last_position(backbone):
+    if last_position:
         last = input_ids.new_tensor(input_ids.shape[1] - 1) if position_ids is None else position_ids.max()
         rows = rows.reaching(last)
     with _noise_of_rows(backbone, input_ids.shape[1], rows.input_ids.shape[1]):
@@ -48,7 +53,7 @@ def _restored(rows: MergedRows, out: Any) -> Any:
     return rows.restore(out) if isinstance(out, Tensor) and out.ndim == 3 else out
 
 
-def _reads_last_position(backbone: nn.Module) -> bool:
+def reads_last_position(backbone: nn.Module) -> bool:
     """Whether RoPE takes its frequencies from the largest position of a batch, that of padding too."""
     for module in backbone.modules():
         kinds = vars(module).get("rope_type")  # by type of layer in some models

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from .run import run_merged
+from .run import reads_last_position, run_merged
 from .supported import check_call, check_model, find_backbone, has_cache
 from .verify import compare
 
@@ -30,6 +30,7 @@ class SharedPrompts:
         self._signature = inspect.signature(self._stock)
         parameters = self._signature.parameters.values()
         self._others = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), "")
+        self._last_position = reads_last_position(backbone)
         self._unverified = False
         self._holders = 0
         self.rows_tokens = 0
@@ -60,11 +61,11 @@ class SharedPrompts:
         if has_cache(given):
             return stock(*args, **kwargs)
         check_call(self._backbone, given)
+        merged = functools.partial(run_merged, self._backbone, stock, given, self._last_position)
         if self._unverified:
-            merged = functools.partial(run_merged, self._backbone, stock, given)
             compare(self._backbone, lambda: stock(*args, **kwargs), lambda: merged()[0], given)
             self._unverified = False  # not before: a call that fails has shown nothing
-        out, rows_tokens, merged_tokens = run_merged(self._backbone, stock, given)
+        out, rows_tokens, merged_tokens = merged()
         self.rows_tokens += rows_tokens
         self.merged_tokens += merged_tokens
         return out
