@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from hf_flashmask.prefix_sharing import SharedPrompts, share_prompts
+from hf_flashmask.prefix_sharing.supported import adapter_obstacle
 
 from .replacing import Replacement, check_parameters
 
@@ -59,16 +60,40 @@ class PaddingFree:
 
 
 def _with_flag(config: type) -> Iterator[Replacement]:
-    """The dataclass itself gets the field, so that whoever imported it earlier has it too."""
+    """The dataclass itself gets the field, so that whoever imported it earlier has it too, and with it the dataclasses
+    that were made from it, which have the fields of their base as they were then."""
+    for made in _made_from(config):
+        if "padding_free" not in made.__dataclass_fields__:  # type: ignore[attr-defined]
+            yield from _with_field(made)
+    yield from _with_field(config)
+
+
+def _made_from(config: type) -> Iterator[type]:
+    made: type
+    for made in config.__subclasses__():
+        # One that is no dataclass itself takes all from its base.
+        if "__dataclass_fields__" in vars(made):
+            yield made
+        yield from _made_from(made)
+
+
+def _with_field(config: type) -> Iterator[Replacement]:
     flag = dataclasses.field(default=False, metadata={"help": _HELP})
     extended: type = dataclass(
         type(config)(config.__name__, (config,), {"__annotations__": {"padding_free": bool}, "padding_free": flag})
     )
     # What the decorator generates from the list of fields.
     for name in ("__init__", "__repr__", "__eq__", "__match_args__", "__dataclass_fields__"):
-        yield Replacement(config, name, vars(extended)[name])
-    yield Replacement(config, "__annotations__", {**vars(config)["__annotations__"], "padding_free": bool})
+        if _generated(name, vars(config).get(name)):
+            yield Replacement(config, name, vars(extended)[name])
+    yield Replacement(config, "__annotations__", {**vars(config).get("__annotations__", {}), "padding_free": bool})
     yield Replacement(config, "padding_free", False)
+
+
+def _generated(name: str, attribute: Any) -> bool:
+    """Whether a dataclass has it from the decorator, and not from its author."""
+    function = getattr(attribute, "__wrapped__", attribute) if name == "__repr__" else attribute
+    return attribute is not None and (not callable(function) or function.__code__.co_filename == "<string>")
 
 
 def _sharing_init(stock: Callable[..., None]) -> Callable[..., None]:
@@ -81,7 +106,7 @@ def _sharing_init(stock: Callable[..., None]) -> Callable[..., None]:
         if config is None or not config.padding_free:
             stock(self, *args, **kwargs)
             return
-        _refuse_prompt_learning(given.get("peft_config"))
+        _refuse_adapter(given.get("peft_config"))
         shared: list[SharedPrompts] = []
         token = _sharing.set(shared)
         # DPOTrainer would warn that it ignores the flag.
@@ -96,7 +121,7 @@ def _sharing_init(stock: Callable[..., None]) -> Callable[..., None]:
             _refuse_router_loss(self)
         except BaseException:
             for handle in shared:
-                handle.undo()
+                handle.release()  # what was shared before stays so
             raise
         finally:
             config.padding_free = True
@@ -124,16 +149,15 @@ def _share(model: Any, shared: list[SharedPrompts]) -> None:
         handle = share_prompts(model)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise type(error)(f"padding_free=True: {error}") from error
-    if handle not in shared:
+    if handle in shared:
+        handle.release()
+    else:
         shared.append(handle)
 
 
-def _refuse_prompt_learning(peft_config: Any) -> None:
-    if getattr(peft_config, "is_prompt_learning", False):
-        raise NotImplementedError(
-            f"padding_free=True: {type(peft_config).__name__} puts learned tokens before every row, which merged rows "
-            "cannot have; use an adapter of the weights, or padding_free=False"
-        )
+def _refuse_adapter(peft_config: Any) -> None:
+    if obstacle := adapter_obstacle(peft_config):
+        raise NotImplementedError(f"padding_free=True: {type(peft_config).__name__} {obstacle}, or padding_free=False")
 
 
 def _refuse_router_loss(trainer: Any) -> None:

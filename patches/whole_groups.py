@@ -7,10 +7,14 @@ micro-batch. As many random numbers are drawn, so that the same seed gives the s
 
 The estimator stays what it is. Advantages are made before the shuffle. Every row is in one micro-batch of the
 generation batch, and in any of them with the same probability, as before. Where an optimizer step spans the
-generation batch (``gradient_accumulation_steps`` a multiple of ``steps_per_generation``, as is default) and rows are
-weighted alike (all losses but "bnpo" and the entropy bonus, which average over the tokens of a micro-batch), its
-gradient does not depend on the shuffle at all. Elsewhere only which rows meet in a step changes: siblings do, so
-that its expectation is the same over shuffles, and its variance that of sampling prompts rather than rows.
+generation batch (``gradient_accumulation_steps`` a multiple of ``steps_per_generation``, as is default), its gradient
+does not depend on the shuffle at all. Elsewhere only which rows meet in a step changes: siblings do, so that its
+expectation is the same over shuffles, and its variance that of sampling prompts rather than rows.
+
+That takes a loss in which a row weighs the same whoever is beside it. Three settings of GRPO put a statistic of the
+micro-batch into the loss: "bnpo" and the entropy bonus divide by its number of tokens, ``top_entropy_quantile`` ranks
+its tokens. Siblings alone have other statistics than a mixture, which moves the expected gradient, so with these TRL's
+own shuffle stays, and a micro-batch shares what siblings it happens to hold.
 """
 
 from __future__ import annotations
@@ -24,8 +28,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from .replacing import Replacement, check_parameters
+
+logger = logging.get_logger(__name__)
 
 # Rows that stay together; None where the stock shuffle is wanted.
 _block: ContextVar[int | None] = ContextVar("hf_flashmask_block", default=None)
@@ -49,6 +56,9 @@ def _prepare_whole_groups(stock: Callable[..., Any]) -> Callable[..., Any]:
     def _prepare_inputs(self: Any, generation_batch: Any) -> Any:
         if not getattr(self, "shared_prompts", ()):
             return stock(self, generation_batch)
+        if (setting := _uses_batch_statistics(self)) is not None:
+            _say_rows_are_mixed(setting)
+            return stock(self, generation_batch)
         token = _block.set(math.gcd(self.args.per_device_train_batch_size, self.num_generations))
         try:
             return stock(self, generation_batch)
@@ -56,6 +66,26 @@ def _prepare_whole_groups(stock: Callable[..., Any]) -> Callable[..., Any]:
             _block.reset(token)
 
     return _prepare_inputs
+
+
+def _uses_batch_statistics(trainer: Any) -> str | None:
+    """The setting by which the loss of a row depends on the other rows of its micro-batch, if there is one."""
+    if getattr(trainer, "loss_type", None) == "bnpo":
+        return "loss_type='bnpo'"
+    if getattr(trainer, "top_entropy_quantile", 1.0) < 1.0:
+        return f"top_entropy_quantile={trainer.top_entropy_quantile}"
+    if getattr(trainer, "_entropy_bonus_enabled", False):
+        return "the entropy bonus (entropy_coef or use_adaptive_entropy)"
+    return None
+
+
+@functools.cache
+def _say_rows_are_mixed(setting: str) -> None:
+    logger.warning(
+        "padding_free=True: completions of a prompt are not kept in one micro-batch, because %s puts statistics of the "
+        "micro-batch into the loss; fewer prompts are shared, results are those of TRL",
+        setting,
+    )
 
 
 def _shuffle_whole_groups(stock: Callable[..., Any]) -> Callable[..., Any]:

@@ -30,6 +30,20 @@ class MergedRows(NamedTuple):
         rows = hidden[0].index_select(0, self.places.flatten()).view(*self.places.shape, -1)
         return rows.masked_fill(~self.real.unsqueeze(-1), 0)
 
+    def reaching(self, position: Tensor) -> MergedRows:
+        """One more token at this position, which nothing sees and no row has: for what looks at the largest one."""
+        total = self.input_ids.shape[1]
+        more = (
+            self.input_ids[:, :1],
+            position.to(self.position_ids).view(1, 1),
+            self.mask.bounds.new_tensor(total + 1),
+        )
+        return self._replace(
+            input_ids=torch.cat((self.input_ids, more[0]), 1),
+            position_ids=torch.cat((self.position_ids, more[1]), 1),
+            mask=ColumnMask(torch.cat((self.mask.bounds, more[2].view(1, 1, 1, 1)), -1), causal=True),
+        )
+
 
 def merge_rows(
     input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None

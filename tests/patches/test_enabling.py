@@ -17,6 +17,7 @@ pytest.importorskip("peft")
 import peft
 import trl
 from hf_flashmask.patches.whole_groups import shuffle_blocks
+from trl.experimental.gmpo import GMPOConfig
 from trl.trainer.utils import shuffle_sequence_dict
 
 from tests.trl_runs import QUIET, preferences, words_tokenizer
@@ -81,6 +82,46 @@ def test_the_flag_is_a_field_like_any_other(name, tmp_path):
         assert parsed.padding_free is True
 
 
+def test_configs_made_from_theirs_before_have_the_flag(tmp_path):
+    """TRL's own (GMPO), a user's dataclass, one with an __init__ of its own, and a plain class."""
+
+    @dataclasses.dataclass
+    class Ours(trl.RewardConfig):
+        scale: float = 2.0
+
+    @dataclasses.dataclass
+    class Deeper(Ours):
+        shift: float = 1.0
+
+    @dataclasses.dataclass
+    class OwnInit(trl.RewardConfig):
+        def __init__(self, *args, scale=1.0, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.scale = scale
+
+    class Plain(trl.RewardConfig):
+        pass
+
+    configs = [GMPOConfig, Ours, Deeper, OwnInit, Plain]
+    before = [dict(vars(config)) for config in configs]
+    with patches.enabled():
+        for config in configs:
+            given = config(str(tmp_path), padding_free=True, **QUIET)
+            assert given.padding_free is True
+            assert given.to_dict()["padding_free"] is True
+            assert config(str(tmp_path), **QUIET).padding_free is False
+        assert Deeper(str(tmp_path), scale=3.0, padding_free=True, **QUIET).scale == 3.0
+        assert OwnInit(str(tmp_path), scale=3.0, **QUIET).scale == 3.0
+        (parsed,) = trl.TrlParser(Deeper).parse_args_and_config(
+            ["--output_dir", str(tmp_path), "--bf16", "false", "--padding_free", "true", "--shift", "2"]
+        )
+        assert (parsed.padding_free, parsed.shift) == (True, 2.0)
+    for config, then in zip(configs, before, strict=True):
+        assert {k: v for k, v in vars(config).items() if k != "__slotnames__"} == then
+        with pytest.raises(TypeError, match="padding_free"):
+            config(str(tmp_path), padding_free=True, **QUIET)
+
+
 @pytest.mark.parametrize("version", ["1.15.2", "1.17.0", "2.0"])
 def test_an_unknown_release_is_refused(version, monkeypatch):
     before = attributes()
@@ -123,9 +164,18 @@ def test_models_that_cannot_share_are_refused(tmp_path):
         with pytest.raises(ValueError, match=r"padding_free=True: .*attn_implementation='eager'"):
             build(policy, tmp_path, ref_model=tiny("llama", "eager"))
         assert "forward" not in vars(policy.model)  # what was shared before the error no longer is
+        handle = share_prompts(policy)
+        with pytest.raises(ValueError, match=r"padding_free=True: .*attn_implementation='eager'"):
+            build(policy, tmp_path, ref_model=tiny("llama", "eager"))
+        assert "forward" in vars(policy.model)  # what was shared before stays so
+        handle.release()
+        assert "forward" not in vars(policy.model)
         prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
         with pytest.raises(NotImplementedError, match=r"padding_free=True: PromptTuningConfig"):
             build(tiny("llama", "flashmask"), tmp_path, peft_config=prompt)
+        alora = peft.LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6])
+        with pytest.raises(NotImplementedError, match=r"padding_free=True: LoraConfig .*alora_invocation_tokens"):
+            build(tiny("llama", "flashmask"), tmp_path, peft_config=alora)
 
 
 def test_without_the_flag_the_trainer_is_stock(tmp_path):
@@ -144,6 +194,8 @@ def test_no_warning_and_what_is_shared_already_stays(tmp_path, caplog):
     with patches.enabled():
         trainer = build(policy, tmp_path, ref_model=reference)
     assert trainer.shared_prompts[0] is handle
+    handle.release()
+    assert "forward" in vars(policy.model)  # the trainer's own call is still there
     assert len(trainer.shared_prompts) == 2
     assert "temporarily unavailable" not in caplog.text
     assert list(policy.state_dict()) == keys

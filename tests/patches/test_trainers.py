@@ -12,6 +12,7 @@ pytest.importorskip("trl")
 pytest.importorskip("peft")
 import peft
 from datasets import Dataset
+from hf_flashmask.patches import whole_groups
 from transformers import LlamaConfig, LlamaForSequenceClassification
 from trl import (
     DPOConfig,
@@ -354,3 +355,52 @@ def test_groups_of_completions(trainer_type, options, tokenizer, tmp_path):
     ours, _ = both(run, losses=False)
     per_device = options.get("per_device_train_batch_size", 8)
     assert all(h.merged_tokens < (0.6 if per_device == 8 else 0.75) * h.rows_tokens for h in ours.shared_prompts)
+
+
+@pytest.mark.parametrize(
+    "options", [{"loss_type": "bnpo"}, {"top_entropy_quantile": 0.3}, {"entropy_coef": 0.1}], ids=str
+)
+def test_losses_of_micro_batch_statistics_keep_their_micro_batches(options, tokenizer, tmp_path, monkeypatch):
+    """Every loss is that of stock, so each micro-batch has the same rows."""
+    whole_groups._say_rows_are_mixed.cache_clear()
+    said = []
+    monkeypatch.setattr(whole_groups.logger, "warning", lambda message, *args: said.append(message % args))
+    tiny("llama", "sdpa").save_pretrained(tmp_path / "model")
+
+    def run(implementation, flag):
+        given = {"num_generations": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+        trainer = group_trainer("grpo", implementation, {**given, **flag, **options}, None, tokenizer, tmp_path)
+        return *train(trainer), trainer
+
+    both(run, most=1.0)
+    (message,) = said
+    assert next(iter(options)) in message
+
+
+@pytest.mark.parametrize("trainer_class", [GRPOTrainer, RLOOTrainer])
+def test_continuous_batching_generates_what_it_does_without_sharing(trainer_class, tokenizer, tmp_path):
+    tiny("llama", "sdpa").save_pretrained(tmp_path / "model")
+    config_class = {GRPOTrainer: GRPOConfig, RLOOTrainer: RLOOConfig}[trainer_class]
+    seen = []
+
+    def reward(completion_ids, **_):
+        seen[-1].append(completion_ids)
+        return [float(len(ids) % 5) for ids in completion_ids]
+
+    with patches.enabled():
+        for flag in (False, True):
+            arguments = config_class(
+                str(tmp_path / "out"), max_completion_length=6, model_init_kwargs={"attn_implementation": "flashmask"},
+                padding_free=flag, use_transformers_continuous_batching=True,
+                **{**TRAINING, "num_generations": 4, "per_device_train_batch_size": 8, "max_steps": 1},
+            )  # fmt: skip
+            trainer = trainer_class(
+                str(tmp_path / "model"), reward_funcs=reward, args=arguments, processing_class=tokenizer,
+                train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in preferences(8)]),
+            )  # fmt: skip
+            seen.append([])
+            torch.manual_seed(0)
+            trainer.train()
+    assert seen[0] == seen[1]
+    assert any(seen[0][0])
+    assert_shared(trainer.shared_prompts)
