@@ -64,13 +64,13 @@ def reads_last_position(backbone: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def _noise_of_rows(backbone: nn.Module, row_len: int, merged_len: int) -> Iterator[None]:
+def _noise_of_rows(backbone: Any, row_len: int, merged_len: int) -> Iterator[None]:
     """NEFTune as large as on rows: its hook divides ``neftune_noise_alpha`` by the root of the length that it sees."""
-    noisy: Any = next((module for module in backbone.modules() if "neftune_noise_alpha" in vars(module)), None)
-    if noisy is None:
+    noisy: Any = backbone.get_input_embeddings()
+    alpha = getattr(noisy, "neftune_noise_alpha", None)
+    if alpha is None:
         yield
         return
-    alpha = noisy.neftune_noise_alpha
     noisy.neftune_noise_alpha = alpha * (merged_len / row_len) ** 0.5
     try:
         yield

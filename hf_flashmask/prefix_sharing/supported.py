@@ -140,9 +140,9 @@ def check_call(backbone: Any, given: dict[str, Any]) -> None:
     for name in _OF_ROWS:
         if given.get(name) is not None and given[name] is not False:
             raise NotImplementedError(f"share_prompts cannot merge rows that come with {name}")
-    # PEFT's model takes this argument and hands it to its layers through hooks, so that no backbone sees it.
-    for module in backbone.modules():
-        for hook in module._forward_pre_hooks.values():
+    # PEFT's model takes this argument and hands it to all its layers through hooks, so that no backbone sees it.
+    if (adapted := next((m for m in backbone.modules() if "lora_A" in m._modules), None)) is not None:
+        for hook in adapted._forward_pre_hooks.values():
             if isinstance(hook, functools.partial) and "adapter_names" in hook.keywords:
                 raise NotImplementedError(
                     "share_prompts cannot merge rows that come with adapter_names, one adapter a row; set_adapter() "
