@@ -23,7 +23,7 @@ from hf_flashmask.masks.intervals import run_spans
 
 from . import closures
 from .closures import cells
-from .packing import BuiltMask, documents_from_position_ids, take_position_ids
+from .packing import BuiltMask, check_size, documents_from_position_ids, take_position_ids
 from .sequence_parallel import refuse_lost_mask
 from .tree_mask import TreeMask
 
@@ -85,11 +85,7 @@ def flashmask_mask(
         )
     refuse_lost_mask(attention_mask, mask_function)
     if isinstance(attention_mask, ColumnMask):
-        if (attention_mask.q_len, attention_mask.kv_len) != (q_length, kv_length):
-            raise ValueError(
-                f"the ColumnMask given as attention_mask is for {attention_mask.q_len} queries x "
-                f"{attention_mask.kv_len} keys, but this forward has {q_length} x {kv_length}"
-            )
+        check_size(attention_mask, q_length, kv_length)
         if isinstance(attention_mask, TreeMask):
             attention_mask = attention_mask.within(_row_window(mask_function))
         return attention_mask.to(device)

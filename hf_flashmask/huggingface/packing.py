@@ -46,6 +46,18 @@ class Documents(NamedTuple):
         return mask & self.mask()
 
 
+def check_size(mask: ColumnMask, q_len: int, kv_len: int) -> None:
+    """
+    Raises:
+        ValueError: a mask that a user gave is not for this forward.
+    """
+    if (mask.q_len, mask.kv_len) != (q_len, kv_len):
+        raise ValueError(
+            f"the ColumnMask given as attention_mask is for {mask.q_len} queries x {mask.kv_len} keys, but this "
+            f"forward has {q_len} x {kv_len}"
+        )
+
+
 class BuiltMask(ColumnMask):
     """A mask that was built from Transformers' mask functions: the row's documents may still have to be told apart.
 
@@ -214,6 +226,7 @@ def install(mask_function: Any) -> None:
 
     from .paged import PagedStep
     from .sequence_parallel import refuse_lost_mask
+    from .tree_mask import TreeMask
 
     stock = masking_utils._preprocess_mask_arguments
     if hasattr(stock, "_hf_flashmask"):
@@ -230,14 +243,20 @@ def install(mask_function: Any) -> None:
     def _preprocess_mask_arguments(
         config: Any, inputs_embeds: Any, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        if AttentionMaskInterface._global_mapping.get(config._attn_implementation) is mask_function:
+        ours = AttentionMaskInterface._global_mapping.get(config._attn_implementation) is mask_function
+        if ours:
             # A 4D tensor is returned as it is, so the mask interface never sees it.
             refuse_lost_mask(attention_mask)
             _local.position_ids = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
-        found = stock(config, inputs_embeds, attention_mask, *args, **kwargs)
+        found: Any = stock(config, inputs_embeds, attention_mask, *args, **kwargs)
         if isinstance(attention_mask, PagedStep) and found[1] is None:
             # 5.24 takes it that continuous batching needs no mask; the step travels as one.
             return (True, attention_mask, *found[2:])
+        if ours and isinstance(attention_mask, ColumnMask) and not isinstance(attention_mask, TreeMask):
+            # As for a 4D tensor, which is final: Llama 4 would go on to count the zeros of a 2-D one.
+            check_size(attention_mask, found[3], found[4])
+            take_position_ids()
+            return (True, attention_mask.to(inputs_embeds.device), *found[2:])
         return found
 
     _preprocess_mask_arguments._hf_flashmask = True  # type: ignore[attr-defined]

@@ -202,8 +202,9 @@ def test_image_blocks_of_gemma3():
 
 
 @torch.no_grad()
-def test_a_column_mask_as_attention_mask():
-    eager, ours = pair("llama")
+@pytest.mark.parametrize("model_type", ["llama", "llama4_text", "gemma2"])
+def test_a_column_mask_as_attention_mask(model_type):
+    eager, ours = pair(model_type)
     ids = tokens(1, 23)
     mask = masks.share_question([[7, 4, 4], [2, 3, 3]])
     # A tree: positions repeat on purpose, so they must not be read as documents.
