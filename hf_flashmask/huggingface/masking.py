@@ -23,7 +23,7 @@ from hf_flashmask.masks.intervals import run_spans
 
 from . import closures
 from .closures import cells
-from .packing import BuiltMask, check_size, documents_from_position_ids, take_position_ids
+from .packing import BuiltMask, Documents, check_size, documents_from_position_ids, take_position_ids
 from .sequence_parallel import refuse_lost_mask
 from .tree_mask import TreeMask
 
@@ -92,11 +92,17 @@ def flashmask_mask(
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(f"attention_mask must be 2-D or 4-D, got shape {tuple(attention_mask.shape)}")
 
-    # A cache that holds tokens already has positions that this call does not show, so packing is judged without one.
     documents = None
-    if position_ids is not None and isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length:
+    if (
+        position_ids is not None
+        and q_length > 1
+        and _is(kv_offset, 0)
+        and (isinstance(q_offset, Tensor) or not q_offset)
+    ):
         kept = None if attention_mask is None else attention_mask[:, :q_length].to(torch.bool)
         documents = documents_from_position_ids(position_ids.to(device), q_length, kept)
+    if documents is not None and (isinstance(q_offset, Tensor) or q_length < kv_length):
+        documents = _in_a_static_cache(documents, q_offset, kv_length)
     kept = None
     if attention_mask is not None:
         # A static cache is longer than the tokens seen so far: what the mask does not reach is not there yet.
@@ -121,7 +127,7 @@ def flashmask_mask(
         mask = _probe(
             mask_function, batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, use_vmap, device
         )
-        return BuiltMask.of(mask if documents is None else mask & documents.mask(), documents is not None)
+        return BuiltMask.of(mask if documents is None else mask & documents.mask(q_length), documents is not None)
     if documents is not None:
         rows = Rows(_largest(rows.first, documents.start), _smallest(rows.end, documents.end))
     if q_length == 1:
@@ -137,6 +143,21 @@ def flashmask_mask(
     built = BuiltMask(bounds, causal=False, q_len=q_length, documents_known=documents is not None)
     built.full_prefix = seen_by_all if kept is None else 0
     return built
+
+
+def _in_a_static_cache(documents: Documents, q_offset: int | Tensor, kv_length: int) -> Documents:
+    """The documents of a row that fills the beginning of a cache, which is longer and tells its filling by a tensor.
+
+    A cache that holds tokens already has positions that this call does not show: nothing is told apart then.
+    """
+    missing = kv_length - documents.start.shape[1]
+    start, end = (
+        torch.nn.functional.pad(t, (0, missing), value=beyond) for t, beyond in zip(documents, (0, _FAR), strict=True)
+    )
+    if isinstance(q_offset, int):
+        return Documents(start, end)
+    empty = q_offset.to(start.device) == 0
+    return Documents(torch.where(empty, start, 0), torch.where(empty, end, _FAR))
 
 
 def _is(number: int | Tensor, value: int) -> bool:

@@ -29,9 +29,10 @@ class Documents(NamedTuple):
     start: Tensor
     end: Tensor
 
-    def mask(self) -> ColumnMask:
-        bounds = torch.stack((self.end, self.start), 1).unsqueeze(1).to(torch.int32)
-        return ColumnMask(bounds, causal=False)
+    def mask(self, q_len: int | None = None) -> ColumnMask:
+        ends = self.end.clamp(max=self.end.shape[1])
+        bounds = torch.stack((ends, self.start), 1).unsqueeze(1).to(torch.int32)
+        return ColumnMask(bounds, causal=False, q_len=q_len)
 
     def restrict(self, mask: ColumnMask) -> ColumnMask:
         """The mask, seen only inside documents."""

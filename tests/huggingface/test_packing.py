@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from transformers import masking_utils
+from transformers import StaticCache, masking_utils
 
 from hf_flashmask import masks
 from hf_flashmask.huggingface import packing
@@ -59,6 +59,24 @@ def test_documents_begin_where_positions_fall(model_type, options):
     ]
     alone = torch.cat([eager(x, **given).logits for x, given in parts], 1)
     torch.testing.assert_close(ours(ids, position_ids=position_ids, **options).logits, alone, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "llama4_text"])
+def test_packed_rows_in_static_caches(model_type):
+    """As long as the row and longer; and chunks that go on in a cache are not taken for documents."""
+    eager, ours = pair(model_type)
+    ids, position_ids = tokens(1, 20), torch.cat((torch.arange(8), torch.arange(12)))[None]
+    alone = torch.cat([eager(part).logits for part in ids.split((8, 12), 1)], 1)
+    for length in (20, 21, 40):
+        cache = StaticCache(config=ours.config, max_cache_len=length)
+        out = ours(ids, position_ids=position_ids, past_key_values=cache).logits
+        torch.testing.assert_close(out, alone, atol=1e-4, rtol=1e-4)
+    whole = eager(ids).logits
+    cache = StaticCache(config=ours.config, max_cache_len=40)
+    for part, positions in ((ids[:, :8], torch.arange(8)), (ids[:, 8:], torch.arange(8, 20))):
+        out = ours(part, position_ids=positions[None], past_key_values=cache).logits
+        torch.testing.assert_close(out, whole[:, positions], atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
