@@ -88,6 +88,15 @@ def test_masks_made_before_any_model_is_imported():
     )
 
 
+@pytest.mark.parametrize("module", ["attention", "masking", "packing", "paged", "tree_mask"])
+def test_our_own_modules_come_first(module):
+    python(
+        f"import hf_flashmask.huggingface.{module}\n"
+        "from transformers import AttentionInterface\n"
+        "assert 'flashmask' in AttentionInterface()"
+    )
+
+
 @pytest.mark.parametrize("first", ["hf_flashmask", "transformers.modeling_utils", "transformers.masking_utils"])
 def test_registers_whichever_is_imported_first(first):
     second = {"hf_flashmask": "transformers.modeling_utils"}.get(first, "hf_flashmask")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 from .naming import NAME, PAGED_NAME
 
 
@@ -22,5 +24,8 @@ def register() -> None:
         AttentionInterface.register(name, flashmask_attention_forward)
         AttentionMaskInterface.register(name, flashmask_mask)
 
+
+# What is registered when this is imported imports it too: it comes first, while none of that is half made.
+importlib.import_module("transformers.modeling_utils")
 
 __all__ = ["NAME", "register"]
