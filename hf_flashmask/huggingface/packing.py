@@ -137,16 +137,19 @@ _ends: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def covers(cu_seqlens_q: Any, cu_seqlens_k: Any, q_len: int, kv_len: int) -> bool:
-    """Whether ``cu_seqlens`` end where queries and keys do. Read once a tensor, and not while torch.compile traces."""
+    """Whether ``cu_seqlens`` end where queries and keys do. Read once a tensor: layers share it, and a device waits.
+
+    While torch.compile traces or a CUDA graph is captured they cannot be read, and are checked on the device.
+    """
     for cu_seqlens, length in ((cu_seqlens_q, q_len), (cu_seqlens_k, kv_len)):
         if not isinstance(cu_seqlens, Tensor):
             continue
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
             fits = cu_seqlens[-1] == length
-            torch._assert_async(fits, "flashmask under torch.compile: cu_seq_lens of another length than the row")
+            torch._assert_async(fits, "flashmask, compiled or captured: cu_seq_lens of another length than the row")
             continue
-        version = None if cu_seqlens.is_inference() else cu_seqlens._version
-        if version is None or _ends.get(cu_seqlens, (None,))[0] != version:
+        version = 0 if cu_seqlens.is_inference() else cu_seqlens._version
+        if _ends.get(cu_seqlens, (None,))[0] != version:
             _ends[cu_seqlens] = (version, int(cu_seqlens[-1]))
         if _ends[cu_seqlens][1] != length:
             return False
