@@ -6,6 +6,7 @@ import transformers
 
 import hf_flashmask
 from hf_flashmask import ColumnMask, masks
+from hf_flashmask.huggingface import closures
 from tests.huggingface.models import FAMILIES, pair, tiny, tokens
 
 LENGTHS = [5, 1, 9, 8]
@@ -230,6 +231,8 @@ def test_a_bias_that_is_learned_is_refused_from_its_beginning():
 
 @torch.no_grad()
 def test_chunks_of_documents_that_begin_above_zero():
+    if closures.REMAP is None:
+        pytest.skip("transformers 5.17 counts chunks from the row, not from the document")
     eager, ours = pair("llama4_text")
     ids = tokens(1, 20)
     position_ids = torch.cat((torch.arange(3, 14), torch.arange(9)))[None]
