@@ -13,6 +13,7 @@ from transformers.utils import logging
 from hf_flashmask import masks
 from hf_flashmask.attention.api import attention_of_heads
 from hf_flashmask.masks import ColumnMask
+from hf_flashmask.masks.convert import refuse_gradient
 
 from .packing import BuiltMask, covers, split_documents
 from .paged import PagedStep
@@ -256,7 +257,8 @@ def _without_mask(
 
 
 # Dense masks by tensor: layers of one forward share the tensor, so it is converted once. A view is known by its base.
-# Tensors of inference mode do not tell when they are written to: they are compared with a copy.
+# Tensors of inference mode do not tell when they are written to: they are compared with a copy. Others tell, but for
+# writes through .data, which stay unseen: comparing would make every layer wait for the device.
 _dense: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -266,14 +268,16 @@ def _from_dense(dense: Tensor) -> ColumnMask:
             "a dense 4D mask cannot be converted while torch.compile traces; convert it before the forward: "
             "attention_mask=hf_flashmask.ColumnMask.from_dense(mask)"
         )
+    refuse_gradient(dense)  # every time: the tensor may be known from a call without gradients
     base = dense if dense._base is None else dense._base
     untold = dense.is_inference()
     key = (None if untold else dense._version, tuple(dense.shape), dense.stride(), dense.storage_offset(), dense.dtype)
     known = _dense.setdefault(base, {})
     if key not in known or (untold and not torch.equal(dense, known[key][1])):
         known.clear()
-        # Outside inference mode: a training step may meet the same tensor later.
+        # Outside inference mode: a training step may meet the same tensor later. Leaving it enables gradients too, so a
+        # mask that was let through without them is detached.
         with torch.inference_mode(False):
-            known[key] = ColumnMask.from_dense(dense), dense.clone() if untold else None
+            known[key] = ColumnMask.from_dense(dense.detach()), dense.clone() if untold else None
     result: ColumnMask = known[key][0]
     return result

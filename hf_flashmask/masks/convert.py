@@ -23,11 +23,7 @@ def from_dense(mask: Tensor) -> ColumnMask:
         raise TypeError(
             f"mask must be bool (True = visible) or additive float, got {mask.dtype}; for a 0/1 mask pass mask.bool()"
         )
-    if mask.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError(
-            "mask requires grad, but a mask has no gradient; pass mask.detach(), or, if it is a bias that is learned, "
-            "use attn_implementation='sdpa' or 'eager' for it"
-        )
+    refuse_gradient(mask)
     mask = mask.detach()
     # A broadcast dimension (stride 0) holds one mask, whatever its size says.
     mask = mask[tuple(slice(0, 1) if mask.stride(d) == 0 else slice(None) for d in range(2))]
@@ -48,6 +44,18 @@ def from_dense(mask: Tensor) -> ColumnMask:
         return hidden
 
     return from_row_blocks(mask.shape, masked, mask.device)
+
+
+def refuse_gradient(mask: Tensor) -> None:
+    """
+    Raises:
+        NotImplementedError: a gradient is wanted of the mask.
+    """
+    if mask.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(
+            "mask requires grad, but a mask has no gradient; pass mask.detach(), or, if it is a bias that is learned, "
+            "use attn_implementation='sdpa' or 'eager' for it"
+        )
 
 
 def from_row_blocks(

@@ -227,6 +227,11 @@ def test_a_bias_that_is_learned_is_refused_from_its_beginning():
         ours(ids, attention_mask=additive + bias)
     with torch.no_grad():
         close(ours(ids, attention_mask=additive + bias).logits, ours(ids).logits)
+        # As a leaf it requires grad here too; evaluated, it is a mask.
+        close(ours(ids, attention_mask=(leaf := additive.requires_grad_())).logits, ours(ids).logits)
+    # Met in evaluation first, it is refused all the same.
+    with pytest.raises(NotImplementedError, match="mask requires grad"):
+        ours(ids, attention_mask=leaf)
 
 
 @torch.no_grad()

@@ -133,6 +133,14 @@ def test_from_dense_under_autocast_and_in_half_precision(autocast):
             assert torch.equal(ColumnMask.from_dense(dense).to_dense(), mask.to_dense())
 
 
+def test_from_dense_refuses_a_bias_that_is_learned():
+    bias = torch.zeros(1, 1, 3, 3, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="mask requires grad"):
+        ColumnMask.from_dense(bias)
+    with torch.no_grad():
+        assert ColumnMask.from_dense(bias).to_dense().all()
+
+
 def test_expanded_dense_masks_stay_small():
     dense = masks.causal(8).to_dense().expand(16, 4, -1, -1)
     assert ColumnMask.from_dense(dense).shape == (1, 1, 8, 8)
