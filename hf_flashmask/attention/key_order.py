@@ -30,6 +30,12 @@ def find(mask: ColumnMask) -> KeyOrder:
     return cached(mask, "sorted keys", make)
 
 
+def sort(mask: ColumnMask, k: Tensor, v: Tensor) -> tuple[ColumnMask, Tensor, Tensor, Tensor]:
+    """(mask, k, v) with keys moved, and the inverse order, for what comes back to them."""
+    sorted_mask, order, inverse = find(mask)
+    return sorted_mask, move(k, order), move(v, order), inverse
+
+
 def move(x: Tensor, order: Tensor) -> Tensor:
     """Rows of x ``[B, S, H, D]`` in the ``order [B|1, H|1, S]``."""
     if moves_with_triton(x):

@@ -139,8 +139,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     mask = ColumnMask(bounds, causal=causal, q_len=q.shape[1])
     if sort_keys:
-        mask, order, _ = key_order.find(mask)
-        k, v = key_order.move(k, order), key_order.move(v, order)
+        mask, k, v, _ = key_order.sort(mask, k, v)
     with _without_autocast(q.device):
         out, lse = _module(choose(backend, q, k, v)).forward(q, k, v, mask, softmax_scale, softcap, sinks)
     return out, lse
@@ -176,8 +175,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mask = ColumnMask(bounds, causal=causal, q_len=q.shape[1])
     if sort_keys:
-        mask, order, inverse = key_order.find(mask)
-        k, v = key_order.move(k, order), key_order.move(v, order)
+        mask, k, v, inverse = key_order.sort(mask, k, v)
     with _without_autocast(q.device):
         chosen = choose_backward(backend, q, k, v, deterministic=deterministic)
         dq, dk, dv, dsinks = _module(chosen).backward(do, dlse, q, k, v, out, lse, mask, softmax_scale, softcap, sinks)

@@ -13,6 +13,7 @@ from transformers.utils import logging
 from hf_flashmask import masks
 from hf_flashmask.attention.api import attention_of_heads
 from hf_flashmask.masks import ColumnMask
+from hf_flashmask.masks.column_mask import version_of
 from hf_flashmask.masks.convert import refuse_gradient
 
 from .packing import BuiltMask, covers, split_documents
@@ -271,7 +272,7 @@ def _from_dense(dense: Tensor) -> ColumnMask:
     refuse_gradient(dense)  # every time: the tensor may be known from a call without gradients
     base = dense if dense._base is None else dense._base
     untold = dense.is_inference()
-    key = (None if untold else dense._version, tuple(dense.shape), dense.stride(), dense.storage_offset(), dense.dtype)
+    key = (version_of(dense), tuple(dense.shape), dense.stride(), dense.storage_offset(), dense.dtype)
     known = _dense.setdefault(base, {})
     if key not in known or (untold and not torch.equal(dense, known[key][1])):
         known.clear()

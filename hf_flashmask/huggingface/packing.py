@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_flashmask.masks import ColumnMask
+from hf_flashmask.masks.column_mask import version_of
 from hf_flashmask.masks.intervals import run_spans
 
 
@@ -148,8 +149,8 @@ def covers(cu_seqlens_q: Any, cu_seqlens_k: Any, q_len: int, kv_len: int) -> boo
             fits = cu_seqlens[-1] == length
             torch._assert_async(fits, "flashmask, compiled or captured: cu_seq_lens of another length than the row")
             continue
-        version = 0 if cu_seqlens.is_inference() else cu_seqlens._version
-        if _ends.get(cu_seqlens, (None,))[0] != version:
+        version = version_of(cu_seqlens)
+        if cu_seqlens not in _ends or _ends[cu_seqlens][0] != version:
             _ends[cu_seqlens] = (version, int(cu_seqlens[-1]))
         if _ends[cu_seqlens][1] != length:
             return False
@@ -190,7 +191,7 @@ def _once(mask: ColumnMask, given: tuple[Tensor, ...], documents: Callable[[], D
     tracing = torch.compiler.is_compiling()
     if not tracing and not isinstance(mask, BuiltMask) and any(t.is_inference() for t in given):
         return _restricted(mask, documents)  # a user's mask may come again, and these tensors changed without a trace
-    versions = tuple(None if tracing or t.is_inference() else t._version for t in (mask.bounds, *given))
+    versions = tuple(version_of(t) for t in (mask.bounds, *given))
     # Holding the tensors keeps their ids from being reused.
     known = mask._cache.get("documents", ((), None, mask))
     same = len(known[0]) == len(given) and all(a is b for a, b in zip(known[0], given, strict=True))

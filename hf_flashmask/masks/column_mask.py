@@ -26,6 +26,11 @@ BOUND_NAMES = {
 }
 
 
+def version_of(t: Tensor) -> int | None:
+    """Rises when a tensor is written to; None where it is not counted, in inference mode and while tracing."""
+    return None if torch.compiler.is_compiling() or t.is_inference() else t._version
+
+
 class ColumnMask:
     """Which query rows each key column hides. Immutable; travels through models in place of a 4D mask.
 
@@ -147,8 +152,7 @@ class ColumnMask:
 
         None where tensors have none: in inference mode, and while ``torch.compile`` traces.
         """
-        untold = torch.compiler.is_compiling() or self._bounds.is_inference()
-        return None if untold else self._bounds._version
+        return version_of(self._bounds)
 
     @property
     def q_len(self) -> int:

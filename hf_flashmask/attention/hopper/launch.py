@@ -80,12 +80,8 @@ def interval_bounds(mask: ColumnMask) -> Tensor:
 
 
 def _with_triangle(mask: ColumnMask) -> Tensor:
-    bounds, kv_len = mask.bounds, mask.kv_len
-    batch, heads, vectors, _ = bounds.shape
-    padded = bounds.new_zeros(batch, heads, 2 * vectors, triton.cdiv(kv_len, BOUNDS_BLOCK) * BOUNDS_BLOCK)
-    padded[:, :, :vectors, :kv_len] = bounds
-    first_visible = torch.arange(kv_len, dtype=torch.int32, device=bounds.device) - (kv_len - mask.q_len)
-    padded[:, :, -1, :kv_len] = first_visible
+    bounds, kv_len = mask.bounds_without_causal(), mask.kv_len
+    padded = torch.nn.functional.pad(bounds, (0, -kv_len % BOUNDS_BLOCK))
     # LTS is 0 there, and this the end: LTE where there is one, else UTE.
     padded[:, :, 1, kv_len:] = 2**31 - 1
     return padded.flatten(0, 2)
@@ -178,14 +174,9 @@ def backward(
             **_common(mask, bounds, lists, q, k, heads_kv, softmax_scale, softcap), **_tiles(width, BACKWARD_CONFIGS),
         )  # fmt: skip
         finish_kernel[(rows,)](
-            buffer,
-            dq,
-            *_strides(dq),
-            scale=softmax_scale * sign(given_scale),
-            HEAD_DIM=head_dim,
-            BLOCK_D=width,
+            buffer, dq, *_strides(dq), scale=softmax_scale * sign(given_scale), HEAD_DIM=head_dim, BLOCK_D=width,
             **shared,
-        )
+        )  # fmt: skip
     if sinks is None:
         return dq, dk, dv, None
     delta = stats.view(batch, heads_q, row_blocks, 2, _BACKWARD_BLOCK_M)[:, :, :, 1].flatten(2)[..., :q_len]
