@@ -74,15 +74,15 @@ def machine_code(cubin, folder):
     return subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True, timeout=120).stdout
 
 
-# What it is compiled for, and the bytes of stack a thread, which is where registers spill to: forward, backward. The
-# forward at head dim 64 has 112 registers a thread; Triton 3.9 spills some between pieces of work, 3.6 none.
+# What it is compiled for, and the bytes of stack a thread, which is where registers spill to: forward, backward. Triton
+# 3.6 spills less: none forward, and backward 136, 96, 96, 40, 16, 280. Most of it is between pieces of work.
 CASES = {
-    "128, 4 bounds": ({"vectors": 4}, 0, 160),
-    "128, causal": ({"causal": True, "vectors": 1}, 0, 136),
+    "128, 4 bounds": ({"vectors": 4}, 0, 224),
+    "128, causal": ({"causal": True, "vectors": 1}, 0, 160),
     "128, float16": ({"causal": True, "vectors": 1, "dtype": torch.float16}, 0, 136),
     "64, 4 bounds": ({"vectors": 4, "head_dim": 64}, 96, 96),
     "64, causal": ({"causal": True, "vectors": 1, "head_dim": 64}, 96, 56),
-    "128, all features": ({"vectors": 4, "softcap": 30.0, "sinks": True}, 0, 304),
+    "128, all features": ({"vectors": 4, "softcap": 30.0, "sinks": True}, 0, 344),
 }
 
 

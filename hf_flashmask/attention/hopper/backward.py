@@ -1,11 +1,11 @@
 """The backward kernel: a program a multiprocessor takes blocks of keys, heaviest first, until there are none.
 
-One warp (the producer) takes the work and brings tiles through TMA: Q, dO and their row statistics in a ring of STAGES,
-K and V with the first of a piece of work. Two warpgroups (the consumers) hold dK and dV of 64 keys each in registers.
-Scores are transposed, keys on the rows: bounds stay in registers, P^T and dS^T are operands as they are. A third
-warpgroup (the writer) takes dS from shared memory and computes what a tile adds to dQ, which TMA adds to a float32
-buffer; in which order is up to chance. It sends dK and dV off too. No warpgroup waits for another but through barriers,
-so one computes while another masks and exponentiates.
+One warp takes the work (``schedule``), another (the producer) brings tiles through TMA: Q, dO and their row statistics
+in a ring of STAGES, K and V with the first of a piece of work. Two warpgroups (the consumers) hold dK and dV of 64 keys
+each in registers. Scores are transposed, keys on the rows: bounds stay in registers, P^T and dS^T are operands as they
+are. A third warpgroup (the writer) takes dS from shared memory and computes what a tile adds to dQ, which TMA adds to a
+float32 buffer; in which order is up to chance. It sends dK and dV off too. No warpgroup waits for another but through
+barriers, so one computes while another masks and exponentiates.
 
 All steps of all work form one stream: K has two slots, and the first scores of a piece of work go out in the last step
 of the one before. dV leaves through the memory of dS, dK through that of its K.
@@ -23,16 +23,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hf_flashmask.attention.triton.primitives import LENGTHS, find_work, next_tile, open_list, tanh
+from hf_flashmask.attention.triton.primitives import LENGTHS, next_tile, open_list, tanh
 
 from .compat import reinterpret, tma_add, tma_load, tma_store
 from .primitives import hide_columns, load_bounds, read_scalar, widen, write_scalar
+from .schedule import WORK_FIELDS, read_list, read_work, schedule
 
-# What the producer tells the consumers of a piece of work: batch * key heads + key head (-1: no more), block of keys,
-# steps, mask of the first step.
-WORK_FIELDS = gl.constexpr(4)
-# And of a step: 4 * block of queries + 2 * whether another step follows + whether it is partial, mask.
+# What the producer tells the consumers of a step: 4 * block of queries + 2 * whether another step follows + whether it
+# is partial, mask.
 STEP_FIELDS = gl.constexpr(2)
+# Steps from its end at which a piece of work lets the next one be taken: time enough to look it up.
+TAKE_AHEAD = gl.constexpr(4)
 # A row of K and V that no tensor has: TMA fills tiles from there on with zeros.
 NOWHERE = gl.constexpr(2**30)
 
@@ -57,14 +58,9 @@ def in_thread_order(dq):
 @gluon.jit
 def _read_work(work_s, work_full, work_free, turn, BLOCK_N: gl.constexpr):
     """The piece of work number ``turn``: batch * key heads + key head, first key, steps, mask of the first step."""
-    slot = turn % 2
-    mbarrier.wait(work_full.index(slot), (turn // 2) & 1)
-    bh = read_scalar(work_s.index(slot * WORK_FIELDS))
-    n0 = read_scalar(work_s.index(slot * WORK_FIELDS + 1)) * BLOCK_N
-    steps = read_scalar(work_s.index(slot * WORK_FIELDS + 2))
-    mask = read_scalar(work_s.index(slot * WORK_FIELDS + 3))
-    mbarrier.arrive(work_free.index(slot), count=1)
-    return bh, n0, steps, mask
+    bh, block_n, steps, mask = read_work(work_s, work_full, turn)
+    mbarrier.arrive(work_free.index(turn % 2), count=1)
+    return bh, block_n * BLOCK_N, steps, mask
 
 
 @gluon.jit
@@ -257,70 +253,47 @@ def _as_tile(ds_s, dv):
 
 
 @gluon.jit
-def _take(
-    counter, order, counts, pieces, lines, heads_total, heads, group, mask_stride, mask_heads, HEAD_GROUP: gl.constexpr
-):
-    """The next piece of work: whether there is one, its block of keys, b, key head, first mask, and its steps."""
-    number = gl.atomic_add(counter, 1, sem="relaxed")
-    block_n, b, h_kv, first = find_work(
-        gl.minimum(number, pieces - 1), order, lines, heads_total, heads, group, mask_stride, mask_heads, HEAD_GROUP
-    )
-    steps = 0
-    for g in range(group):
-        mask = (b * mask_stride + (h_kv * group + g) // mask_heads).to(gl.int64)
-        at = counts + (mask * lines + block_n) * 2
-        steps += gl.load(at) + gl.load(at + 1)
-    return number < pieces, block_n, b, h_kv, first.to(gl.int32), steps
-
-
-@gluon.jit
 def _produce(
     given, tiles, steps_s, rows_s, work_s, bars, sizes,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HEAD_GROUP: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The warp that takes work and loads what it needs."""
-    q, do, stats, k, v, spans, counts, order, counter = given
-    row_blocks, lines, capacity, heads_total, heads, group, mask_stride, mask_heads = sizes
+    """The warp that loads what a piece of work needs."""
+    q, do, stats, k, v, spans, counts = given
+    row_blocks, lines, capacity, heads, group, mask_stride, mask_heads = sizes
     q_s, do_s, stats_s, k_s, v_s = tiles
     q_full, do_full, free, k_free, v_free, work_full, work_free = bars
     Q_BYTES: gl.constexpr = q.block_type.nbytes + stats.block_type.nbytes
-    pieces = heads_total * lines
     step = 0
     turn = 0
-    more, block_n, b, h_kv, first, steps = _take(
-        counter, order, counts, pieces, lines, heads_total, heads, group, mask_stride, mask_heads, HEAD_GROUP
-    )
-    while more:
+    bh, block_n, steps, mask = read_work(work_s, work_full, 0)
+    while bh >= 0:
         slot = turn % 2
-        # Keys that nothing sees are visited once: by queries that they are all hidden from, and as zeros.
-        nothing = steps == 0
-        steps = gl.where(nothing, 1, steps)
-        mbarrier.wait(work_free.index(slot), ((turn // 2) & 1) ^ 1)
-        write_scalar(work_s.index(slot * WORK_FIELDS), b * heads + h_kv)
-        write_scalar(work_s.index(slot * WORK_FIELDS + 1), block_n)
-        write_scalar(work_s.index(slot * WORK_FIELDS + 2), steps)
-        write_scalar(work_s.index(slot * WORK_FIELDS + 3), first)
-        mbarrier.arrive(work_full.index(slot), count=1)
-        # The work after this one, looked up while the ring is full.
-        more, block_next, b_next, h_next, first, steps_next = _take(
-            counter, order, counts, pieces, lines, heads_total, heads, group, mask_stride, mask_heads, HEAD_GROUP
-        )
-        begin = step
+        partial, full, span, block, end, nothing = read_list(work_s, turn)
         n0 = gl.where(nothing, NOWHERE, block_n * BLOCK_N)
+        b = bh // heads
+        h_kv = bh % heads
+        begin = step
+        last = step + steps - 1
+        # Work taken early is work done out of its order: less of what programs read at one time is the same.
+        takes = gl.maximum(last - TAKE_AHEAD, begin)
         for g in range(group):
             h = h_kv * group + g
-            mask = b * mask_stride + h // mask_heads
-            line, partial, full, span, block, end = open_list(
-                spans, counts, mask.to(gl.int64), block_n, lines, capacity
-            )
-            alone = nothing & (g == 0)
-            partial = gl.where(alone, 1, partial)
-            block = gl.where(alone, 0, block)
+            if g > 0:
+                mask = b * mask_stride + h // mask_heads
+                _, partial, full, span, block, end = open_list(
+                    spans, counts, mask.to(gl.int64), block_n, lines, capacity
+                )
+            line = spans + (mask.to(gl.int64) * lines + block_n) * capacity * 4
             rows = (b * heads * group + h) * row_blocks
             for visit in range(partial + full):
                 stage = step % STAGES
                 starts = step == begin
-                follows = more | (step + 1 < begin + steps)
+                # The first two pieces are taken at once.
+                mbarrier.arrive(work_free.index(slot ^ 1), count=1, pred=(step == takes) & (turn > 0))
+                follows = step != last
+                if step == last:
+                    bh, _, _, _ = read_work(work_s, work_full, turn + 1)
+                    follows = bh >= 0
                 mbarrier.wait(free.index(stage), ((step // STAGES) & 1) ^ 1)
                 what = block * 4 + follows.to(gl.int32) * 2 + (visit < partial).to(gl.int32)
                 write_scalar(steps_s.index(stage * STEP_FIELDS), what)
@@ -346,23 +319,17 @@ def _produce(
                     tma_load(v, [b, h_kv, n0 + 64 * half, 0], do_full.index(stage), v_s.index(half), pred=starts)
                 span, block, end = next_tile(line, span, block, end, visit, partial, capacity)
                 step += 1
-        block_n, b, h_kv, steps = block_next, b_next, h_next, steps_next
         turn += 1
-    slot = turn % 2
-    mbarrier.wait(work_free.index(slot), ((turn // 2) & 1) ^ 1)
-    write_scalar(work_s.index(slot * WORK_FIELDS), -1)
-    for field in gl.static_range(1, 4):  # they read bounds of what follows, whatever it is
-        write_scalar(work_s.index(slot * WORK_FIELDS + field), 0)
-    mbarrier.arrive(work_full.index(slot), count=1)
+        bh, block_n, steps, mask = read_work(work_s, work_full, turn)
 
 
 @gluon.jit(do_not_specialize=LENGTHS)
 def backward_kernel(
     q, do, stats, k, v, dq, dk, dv, bounds, spans, counts, order, counter,
     bounds_len, row_blocks, lines, capacity, heads_total, heads, group, mask_stride, mask_heads,
-    qk_scale, cap_scale, softmax_scale,
+    head_group, qk_scale, cap_scale, softmax_scale,
     BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    NUM_BOUNDS: gl.constexpr, SOFTCAP: gl.constexpr, HEAD_GROUP: gl.constexpr, ONE_MASK: gl.constexpr,
+    NUM_BOUNDS: gl.constexpr, SOFTCAP: gl.constexpr, ONE_MASK: gl.constexpr,
     LSE_FIRST: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of all keys and key heads, and dq added to its buffer.
@@ -410,14 +377,16 @@ def backward_kernel(
         mbarrier.init(ds_full.index(i), count=2)
         mbarrier.init(ds_free.index(i), count=1)
         mbarrier.init(work_full.index(i), count=1)
-        mbarrier.init(work_free.index(i), count=3)
+        mbarrier.init(work_free.index(i), count=4)
     consumer = (q_full, do_full, free, v_free, ds_full, ds_free, out_full, work_full, work_free)
     writer = (k_free, v_free, ds_full, ds_free, out_full, work_full, work_free)
     producer = (q_full, do_full, free, k_free, v_free, work_full, work_free)
     tiles = (q_s, do_s, stats_s, k_s, v_s)
     columns = (bounds, bounds_len, qk_scale, cap_scale, softmax_scale)
-    sizes = (row_blocks, lines, capacity, heads_total, heads, group, mask_stride, mask_heads)
-    work = (q, do, stats, k, v, spans, counts, order, counter)
+    sizes = (row_blocks, lines, capacity, heads, group, mask_stride, mask_heads)
+    tensors = (q, do, stats, k, v, spans, counts)
+    lists = (spans, counts, order, counter)
+    list_sizes = (lines, capacity, heads_total, heads, group, mask_stride, mask_heads, head_group)
     # Warps of the second and following and registers a thread; the first gets what is left.
     gl.warp_specialize([
         (_consume, (
@@ -432,5 +401,6 @@ def backward_kernel(
             k_s, ds0_s, ds1_s, dv0_s, dv1_s, dq_s, rows_s, work_s, writer, (dq, dk, dv, heads),
             BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
         )),
-        (_produce, (work, tiles, steps_s, rows_s, work_s, producer, sizes, BLOCK_M, BLOCK_N, STAGES, HEAD_GROUP)),
-    ], [4, 4, 1], [208, 72, 24])  # fmt: skip
+        (_produce, (tensors, tiles, steps_s, rows_s, work_s, producer, sizes, BLOCK_M, BLOCK_N, STAGES)),
+        (schedule, (lists, list_sizes, work_s, work_full, work_free)),
+    ], [4, 4, 1, 1], [208, 64, 32, 32])  # fmt: skip

@@ -184,11 +184,11 @@ def _consume(
 
 
 @gluon.jit
-def _take(counter, order, counts, pieces, lines, heads_total, heads, mask_stride, mask_heads, HEAD_GROUP: gl.constexpr):
+def _take(counter, order, counts, pieces, lines, heads_total, heads, mask_stride, mask_heads, head_group):
     """The next piece of work: whether there is one, its block of rows, b, h, mask, and its partial and full tiles."""
     number = gl.atomic_add(counter, 1, sem="relaxed")
     block_m, b, h, mask = find_work(
-        gl.minimum(number, pieces - 1), order, lines, heads_total, heads, 1, mask_stride, mask_heads, HEAD_GROUP
+        gl.minimum(number, pieces - 1), order, lines, heads_total, heads, 1, mask_stride, mask_heads, head_group
     )
     at = counts + (mask * lines + block_m) * 2
     return number < pieces, block_m, b, h, mask, gl.load(at), gl.load(at + 1)
@@ -215,19 +215,17 @@ def _load_step(
 
 
 @gluon.jit
-def _produce(
-    team, given, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_BOUNDS: gl.constexpr, HEAD_GROUP: gl.constexpr
-):  # fmt: skip
+def _produce(team, given, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_BOUNDS: gl.constexpr):
     """The warp that takes work and loads what it needs."""
     q_s, k_s, v_s, bounds_s, _, work_s, bars = team
     q, k, v, bounds, spans, counts, order, counter, sizes = given
-    bounds_len, lines, capacity, heads_total, heads, group, mask_stride, mask_heads = sizes
+    bounds_len, lines, capacity, heads_total, heads, group, mask_stride, mask_heads, head_group = sizes
     full, free, q_full, q_free, work_full, work_free = bars
     pieces = heads_total * lines
     step = 0
     turn = 0
     more, block_m, b, h, mask, partial, whole = _take(
-        counter, order, counts, pieces, lines, heads_total, heads, mask_stride, mask_heads, HEAD_GROUP
+        counter, order, counts, pieces, lines, heads_total, heads, mask_stride, mask_heads, head_group
     )
     # The first step has no block before it; what it loads as V nobody uses. (Zeros, since Triton 3.6 takes a variable
     # that starts as a copy of another of the loop for one that never changes.)
@@ -264,7 +262,7 @@ def _produce(
         partial_here = partial
         # The work after this one, looked up while the consumers are busy.
         more, block_m, b, h, mask, partial, whole = _take(
-            counter, order, counts, pieces, lines, heads_total, heads, mask_stride, mask_heads, HEAD_GROUP
+            counter, order, counts, pieces, lines, heads_total, heads, mask_stride, mask_heads, head_group
         )
         for visit in range(1, total):
             span, block, end = next_tile(line, span, block, end, visit - 1, partial_here, capacity)
@@ -325,9 +323,10 @@ def _team(
 @gluon.jit(do_not_specialize=LENGTHS)
 def forward_kernel(
     q, k, v, out, lse, sinks, bounds, spans, counts, order, counter,
-    q_len, bounds_len, lines, capacity, heads_total, heads, group, mask_stride, mask_heads, qk_scale, cap_scale,
+    q_len, bounds_len, lines, capacity, heads_total, heads, group, mask_stride, mask_heads, head_group,
+    qk_scale, cap_scale,
     BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_BOUNDS: gl.constexpr,
-    SOFTCAP: gl.constexpr, SINKS: gl.constexpr, HEAD_GROUP: gl.constexpr, TEAMS: gl.constexpr,
+    SOFTCAP: gl.constexpr, SINKS: gl.constexpr, TEAMS: gl.constexpr,
 ):  # fmt: skip
     """out and lse of all rows and heads.
 
@@ -338,13 +337,13 @@ def forward_kernel(
     EARLY: gl.constexpr = TEAMS == 1
     team = _team(q, k, v, bounds, BLOCK_D, BLOCK_N, STAGES, NUM_BOUNDS)
     rows = (out, lse, sinks, q_len, heads, qk_scale, cap_scale)
-    sizes = (bounds_len, lines, capacity, heads_total, heads, group, mask_stride, mask_heads)
+    sizes = (bounds_len, lines, capacity, heads_total, heads, group, mask_stride, mask_heads, head_group)
     work = (q, k, v, bounds, spans, counts, order, counter, sizes)
     if TEAMS == 1:
         gl.warp_specialize([
             (_consume, (team, rows, 0, BLOCK_N, BLOCK_D, STAGES, NUM_BOUNDS, SOFTCAP, SINKS, EARLY)),
             (_consume, (team, rows, 1, BLOCK_N, BLOCK_D, STAGES, NUM_BOUNDS, SOFTCAP, SINKS, EARLY)),
-            (_produce, (team, work, BLOCK_N, STAGES, NUM_BOUNDS, HEAD_GROUP)),
+            (_produce, (team, work, BLOCK_N, STAGES, NUM_BOUNDS)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         other = _team(q, k, v, bounds, BLOCK_D, BLOCK_N, STAGES, NUM_BOUNDS)
@@ -353,6 +352,6 @@ def forward_kernel(
             (_consume, (team, rows, 1, BLOCK_N, BLOCK_D, STAGES, NUM_BOUNDS, SOFTCAP, SINKS, EARLY)),
             (_consume, (other, rows, 0, BLOCK_N, BLOCK_D, STAGES, NUM_BOUNDS, SOFTCAP, SINKS, EARLY)),
             (_consume, (other, rows, 1, BLOCK_N, BLOCK_D, STAGES, NUM_BOUNDS, SOFTCAP, SINKS, EARLY)),
-            (_produce, (team, work, BLOCK_N, STAGES, NUM_BOUNDS, HEAD_GROUP)),
-            (_produce, (other, work, BLOCK_N, STAGES, NUM_BOUNDS, HEAD_GROUP)),
+            (_produce, (team, work, BLOCK_N, STAGES, NUM_BOUNDS)),
+            (_produce, (other, work, BLOCK_N, STAGES, NUM_BOUNDS)),
         ], [4, 4, 4, 1, 1], [112, 112, 112, 24, 24])  # fmt: skip

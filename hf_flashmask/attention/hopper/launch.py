@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -39,28 +38,17 @@ _DQ_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, r
 
 
 class Config(NamedTuple):
-    """``stages`` of K and V, or of Q and dO, in flight; ``head_group`` heads share L2."""
+    """``stages`` of K and V in flight, columns of a tile, and teams of warps in a program."""
 
     stages: int
-    head_group: int
-
-
-class ForwardConfig(NamedTuple):
-    """Beside that, columns of a tile and teams of warps in a program."""
-
-    stages: int
-    head_group: int
     block_n: int
     teams: int
 
 
 # By width of the tiles: as many stages as 227 KiB hold. Exponentials take as long as products at head dim 64, so more
 # warps, whose registers narrow tiles leave room for.
-CONFIGS = {
-    64: ForwardConfig(stages=4, head_group=8, block_n=64, teams=2),
-    128: ForwardConfig(stages=2, head_group=8, block_n=128, teams=1),
-}
-BACKWARD_CONFIGS = {64: Config(4, 4), 128: Config(2, 4)}
+CONFIGS = {64: Config(stages=4, block_n=64, teams=2), 128: Config(stages=2, block_n=128, teams=1)}
+_BACKWARD_STAGES = {64: 4, 128: 2}  # of Q and dO
 
 
 def tile_width(head_dim: int, head_dim_v: int) -> int:
@@ -122,8 +110,9 @@ def forward(
             _descriptor(q, 64, width), _descriptor(k, config.block_n, width), _descriptor(v, config.block_n, width),
             _descriptor(out, 64, width), lse, lse if sinks is None else sinks,
             TensorDescriptor(bounds.flatten(), [bounds.numel()], [1], [config.block_n], _ROW_LAYOUT),
-            q_len=q_len, SINKS=sinks is not None, BLOCK_N=config.block_n, TEAMS=config.teams, num_warps=4,
-            **_common(mask, bounds, lists, q, k, heads_q, softmax_scale, softcap), **_tiles(width, CONFIGS),
+            q_len=q_len, SINKS=sinks is not None, BLOCK_D=width, BLOCK_N=config.block_n, STAGES=config.stages,
+            TEAMS=config.teams, num_warps=4,
+            **_common(mask, bounds, lists, q, k, heads_q, config.teams, softmax_scale, softcap),
         )  # fmt: skip
     return out, lse
 
@@ -170,8 +159,9 @@ def backward(
             TensorDescriptor(buffer, list(buffer.shape), [32, 1], [128, 32], _DQ_LAYOUT),
             _descriptor(dk, 64, width), _descriptor(dv, 64, width), bounds,
             row_blocks=row_blocks, softmax_scale=softmax_scale, BLOCK_M=_BACKWARD_BLOCK_M, BLOCK_N=_BLOCK_N,
-            ONE_MASK=heads_q // mask.shape[1] % (heads_q // heads_kv) == 0, LSE_FIRST=lse_first, num_warps=4,
-            **_common(mask, bounds, lists, q, k, heads_kv, softmax_scale, softcap), **_tiles(width, BACKWARD_CONFIGS),
+            ONE_MASK=heads_q // mask.shape[1] % (heads_q // heads_kv) == 0, LSE_FIRST=lse_first, BLOCK_D=width,
+            STAGES=_BACKWARD_STAGES[width], num_warps=4,
+            **_common(mask, bounds, lists, q, k, heads_kv, 1, softmax_scale, softcap),
         )  # fmt: skip
         finish_kernel[(rows,)](
             buffer, dq, *_strides(dq), scale=softmax_scale * sign(given_scale), HEAD_DIM=head_dim, BLOCK_D=width,
@@ -188,25 +178,24 @@ def _lists(mask: ColumnMask, by_columns: bool, block_n: int = _BLOCK_N) -> TileL
 
 
 def _common(
-    mask: ColumnMask, bounds: Tensor, lists: TileList, q: Tensor, k: Tensor, heads: int, softmax_scale: float,
-    softcap: float,
+    mask: ColumnMask, bounds: Tensor, lists: TileList, q: Tensor, k: Tensor, heads: int, teams: int,
+    softmax_scale: float, softcap: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Arguments of either kernel. ``heads`` are those that there is work for: of queries forward, of keys backward."""
+    at_once = multiprocessors(q.device) * teams
     masks_b, masks_h = mask.shape[:2]
     batch, heads_q, heads_kv = q.shape[0], q.shape[2], k.shape[2]
     return {
         "spans": lists.spans, "counts": lists.counts, "order": lists.order, "counter": lists.order.new_zeros(1),
         "bounds_len": bounds.shape[1], "lines": lists.lines, "capacity": lists.capacity,
         "heads_total": batch * heads, "heads": heads, "group": heads_q // heads_kv,
+        # As few heads at a time as give all something to do, so that what they read and add to stays in L2.
+        "head_group": max(1, at_once // lists.lines),
         "mask_stride": masks_h if masks_b > 1 else 0, "mask_heads": heads_q // masks_h,
         # Scores become powers of two, since exp2 is what the hardware has.
         "qk_scale": (softcap or softmax_scale) * LOG2E, "cap_scale": softmax_scale / softcap if softcap else 0.0,
         "NUM_BOUNDS": bounds.shape[0] // (masks_b * masks_h), "SOFTCAP": bool(softcap),
     }  # fmt: skip
-
-
-def _tiles(width: int, configs: Mapping[int, Config | ForwardConfig]) -> dict[str, int]:
-    return {"BLOCK_D": width, "STAGES": configs[width].stages, "HEAD_GROUP": configs[width].head_group}
 
 
 def _strides(t: Tensor) -> list[int]:

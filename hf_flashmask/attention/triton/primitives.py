@@ -9,7 +9,7 @@ import triton.language as tl
 # Lengths and counts, which must not make a kernel compile anew (names a kernel lacks are ignored).
 LENGTHS = (
     "q_len", "kv_len", "bounds_len", "stats_len", "words_len", "lines", "row_tiles", "row_blocks", "column_tiles",
-    "capacity", "heads_total", "heads", "group", "mask_stride", "mask_heads",
+    "capacity", "heads_total", "heads", "group", "mask_stride", "mask_heads", "head_group",
 )  # fmt: skip
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -112,15 +112,15 @@ def hide(x, hidden, m, n, m0, n0, b0, b1, b2, b3, diagonal, CAUSAL: tl.constexpr
 
 
 @triton.jit
-def find_work(pid, order, lines, heads_total, heads, group, mask_stride, mask_heads, HEAD_GROUP: tl.constexpr):
+def find_work(pid, order, lines, heads_total, heads, group, mask_stride, mask_heads, head_group):
     """(line, b, h, mask) of program ``pid``: a block of rows or columns of a head.
 
-    ``heads`` are those that programs are for, each standing for ``group`` query heads. HEAD_GROUP heads at a time, so
-    that what they read stays in L2; within a group the heaviest lines of all its heads go first, so that the last
+    ``heads`` are those that programs are for, each standing for ``group`` query heads. ``head_group`` heads at a time,
+    so that what they read stays in L2; within a group the heaviest lines of all its heads go first, so that the last
     programs are short.
     """
-    first = pid // (HEAD_GROUP * lines) * HEAD_GROUP
-    size = tl.minimum(HEAD_GROUP, heads_total - first)
+    first = pid // (head_group * lines) * head_group
+    size = tl.minimum(head_group, heads_total - first)
     rank = (pid - first * lines) // size
     bh = first + (pid - first * lines) % size
     b = bh // heads
