@@ -111,3 +111,11 @@ def test_before_and_after_the_backward(head_dim, monkeypatch, tmp_path):
     for name in ("prepare_kernel", "finish_kernel"):
         result = compiled_portable(*kernels[name], (9, 0))
         assert registers_and_stack(result.asm["cubin"], tmp_path)[1] == 0
+
+
+@pytest.mark.parametrize(("head_dim", "teams"), [(64, 2), (128, 1)])
+def test_as_few_heads_at_a_time_as_keep_all_busy(head_dim, teams, monkeypatch):
+    """Of 132 multiprocessors, by lines of 128 rows or keys: 256 tokens are two."""
+    found = launched(monkeypatch, head_dim=head_dim)
+    assert found["forward_kernel"][1]["head_group"] == 132 * teams // 2
+    assert found["backward_kernel"][1]["head_group"] == 132 // 2
