@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hf_flashmask.attention.triton.primitives import LENGTHS, next_tile, open_list, tanh
+from hf_flashmask.attention.triton.primitives import LENGTHS, list_of, next_tile, open_list, tanh
 
 from .compat import reinterpret, tma_add, tma_load, tma_store
 from .primitives import hide_columns, load_bounds, read_scalar, widen, write_scalar
@@ -283,7 +283,7 @@ def _produce(
                 _, partial, full, span, block, end = open_list(
                     spans, counts, mask.to(gl.int64), block_n, lines, capacity
                 )
-            line = spans + (mask.to(gl.int64) * lines + block_n) * capacity * 4
+            line = list_of(spans, mask.to(gl.int64), block_n, lines, capacity)
             rows = (b * heads * group + h) * row_blocks
             for visit in range(partial + full):
                 stage = step % STAGES

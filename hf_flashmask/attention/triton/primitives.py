@@ -130,12 +130,18 @@ def find_work(pid, order, lines, heads_total, heads, group, mask_stride, mask_he
 
 
 @triton.jit
+def list_of(spans, mask, line, lines, capacity):
+    """The spans of a line: of partial tiles, then of full ones, ``capacity`` of two numbers each."""
+    return spans + (mask * lines + line) * capacity * 4
+
+
+@triton.jit
 def open_list(spans, counts, mask, line, lines, capacity):
     """Where a line's walk begins: its spans, (partial, full) tiles to visit, and (span, tile, end) of the first."""
     at = mask * lines + line
     partial = tl.load(counts + at * 2)
     full = tl.load(counts + at * 2 + 1)
-    spans += at * capacity * 4
+    spans = list_of(spans, mask, line, lines, capacity)
     span = tl.where(partial == 0, capacity, 0)
     tile = tl.load(spans + span * 2).to(tl.int32) & 0xFFFF
     end = tl.load(spans + span * 2 + 1).to(tl.int32) & 0xFFFF
