@@ -57,7 +57,11 @@ def _prepare_whole_groups(stock: Callable[..., Any]) -> Callable[..., Any]:
         if not getattr(self, "shared_prompts", ()):
             return stock(self, generation_batch)
         if (setting := _uses_batch_statistics(self)) is not None:
-            _say_rows_are_mixed(setting)
+            logger.warning_once(
+                "padding_free=True: completions of a prompt are not kept in one micro-batch, because %s puts "
+                "statistics of the micro-batch into the loss; fewer prompts are shared, results are those of TRL",
+                setting,
+            )
             return stock(self, generation_batch)
         token = _block.set(math.gcd(self.args.per_device_train_batch_size, self.num_generations))
         try:
@@ -77,15 +81,6 @@ def _uses_batch_statistics(trainer: Any) -> str | None:
     if getattr(trainer, "_entropy_bonus_enabled", False):
         return "the entropy bonus (entropy_coef or use_adaptive_entropy)"
     return None
-
-
-@functools.cache
-def _say_rows_are_mixed(setting: str) -> None:
-    logger.warning(
-        "padding_free=True: completions of a prompt are not kept in one micro-batch, because %s puts statistics of the "
-        "micro-batch into the loss; fewer prompts are shared, results are those of TRL",
-        setting,
-    )
 
 
 def _shuffle_whole_groups(stock: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -179,18 +178,13 @@ def _lower_dtype(module: torch.nn.Module, query: Tensor) -> torch.dtype | None:
     if dtype not in (torch.float16, torch.bfloat16):
         return None
     if not torch.compiler.is_compiling():
-        _say_casts(str(dtype))
+        logger.warning_once(
+            "flashmask: attention receives float32 queries in a model of %s and computes in %s; float32 norms or "
+            "adapters are what makes them",
+            dtype,
+            dtype,
+        )
     return dtype
-
-
-@functools.cache
-def _say_casts(dtype: str) -> None:
-    logger.warning(
-        "flashmask: attention receives float32 queries in a model of %s and computes in %s; float32 norms or adapters "
-        "are what makes them",
-        dtype,
-        dtype,
-    )
 
 
 def _given_mask(

@@ -21,7 +21,7 @@ def sort_columns(mask: ColumnMask, window: int | None = None) -> tuple[ColumnMas
     """See ``ColumnMask.sort_columns``."""
     if window is None:
         window = min(MAX_WINDOW, max(MIN_WINDOW, mask.kv_len // 8))
-    if isinstance(window, (bool, Tensor)) or not isinstance(window, int) or window < 1:
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise ValueError(f"window must be a positive int, got {window!r}")
     windows = torch.arange(mask.kv_len, device=mask.device) // window
     order = (windows * (mask.q_len + 1) + _seen_until(mask)).argsort(dim=-1, stable=True)

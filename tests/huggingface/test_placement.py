@@ -90,7 +90,7 @@ def seen_dtypes(monkeypatch):
 def test_float32_activations_of_a_quantized_model(monkeypatch):
     seen, said = seen_dtypes(monkeypatch), []
     monkeypatch.setattr(attention.logger, "warning", lambda message, *args: said.append(message % args))
-    attention._say_casts.cache_clear()
+    attention.logger.warning_once.cache_clear()
     ids = tokens(2, 23)
     losses, grads = {}, {}
     for implementation in ("eager", "flashmask"):

@@ -362,7 +362,7 @@ def test_groups_of_completions(trainer_type, options, tokenizer, tmp_path):
 )
 def test_losses_of_micro_batch_statistics_keep_their_micro_batches(options, tokenizer, tmp_path, monkeypatch):
     """Every loss is that of stock, so each micro-batch has the same rows."""
-    whole_groups._say_rows_are_mixed.cache_clear()
+    whole_groups.logger.warning_once.cache_clear()
     said = []
     monkeypatch.setattr(whole_groups.logger, "warning", lambda message, *args: said.append(message % args))
     tiny("llama", "sdpa").save_pretrained(tmp_path / "model")

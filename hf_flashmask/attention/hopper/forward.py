@@ -27,7 +27,6 @@ from hf_flashmask.attention.triton.primitives import (
     LN2,
     LOG2E,
     LOWEST,
-    find_work,
     next_tile,
     open_list,
     tanh,
@@ -44,6 +43,7 @@ from .primitives import (
     unpack_pairs,
     write_scalar,
 )
+from .schedule import take
 
 # What the producer tells the consumers of a piece of work: batch * heads + head (-1: no more), block of rows, tiles.
 WORK_FIELDS = gl.constexpr(4)
@@ -184,14 +184,11 @@ def _consume(
 
 
 @gluon.jit
-def _take(counter, order, counts, pieces, lines, heads_total, heads, mask_stride, mask_heads, head_group):
+def _take(counter, order, counts, lines, heads_total, heads, mask_stride, mask_heads, head_group):
     """The next piece of work: whether there is one, its block of rows, b, h, mask, and its partial and full tiles."""
-    number = gl.atomic_add(counter, 1, sem="relaxed")
-    block_m, b, h, mask = find_work(
-        gl.minimum(number, pieces - 1), order, lines, heads_total, heads, 1, mask_stride, mask_heads, head_group
-    )
+    more, block_m, b, h, mask = take(counter, order, lines, heads_total, heads, 1, mask_stride, mask_heads, head_group)
     at = counts + (mask * lines + block_m) * 2
-    return number < pieces, block_m, b, h, mask, gl.load(at), gl.load(at + 1)
+    return more, block_m, b, h, mask, gl.load(at), gl.load(at + 1)
 
 
 @gluon.jit
@@ -221,11 +218,10 @@ def _produce(team, given, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_BOUND
     q, k, v, bounds, spans, counts, order, counter, sizes = given
     bounds_len, lines, capacity, heads_total, heads, group, mask_stride, mask_heads, head_group = sizes
     full, free, q_full, q_free, work_full, work_free = bars
-    pieces = heads_total * lines
     step = 0
     turn = 0
     more, block_m, b, h, mask, partial, whole = _take(
-        counter, order, counts, pieces, lines, heads_total, heads, mask_stride, mask_heads, head_group
+        counter, order, counts, lines, heads_total, heads, mask_stride, mask_heads, head_group
     )
     # The first step has no block before it; what it loads as V nobody uses. (Zeros, since Triton 3.6 takes a variable
     # that starts as a copy of another of the loop for one that never changes.)
@@ -262,7 +258,7 @@ def _produce(team, given, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_BOUND
         partial_here = partial
         # The work after this one, looked up while the consumers are busy.
         more, block_m, b, h, mask, partial, whole = _take(
-            counter, order, counts, pieces, lines, heads_total, heads, mask_stride, mask_heads, head_group
+            counter, order, counts, lines, heads_total, heads, mask_stride, mask_heads, head_group
         )
         for visit in range(1, total):
             span, block, end = next_tile(line, span, block, end, visit - 1, partial_here, capacity)

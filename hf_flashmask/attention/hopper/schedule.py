@@ -41,20 +41,28 @@ def read_list(work_s, turn):
 
 
 @gluon.jit
+def take(counter, order, lines, heads_total, heads, group, mask_stride, mask_heads, head_group):
+    """The next piece of work: whether there is one, its line, b, head and mask. After all, the last one again."""
+    number = gl.atomic_add(counter, 1, sem="relaxed")
+    pieces = heads_total * lines
+    line, b, h, mask = find_work(
+        gl.minimum(number, pieces - 1), order, lines, heads_total, heads, group, mask_stride, mask_heads, head_group
+    )
+    return number < pieces, line, b, h, mask
+
+
+@gluon.jit
 def schedule(lists, sizes, work_s, work_full, work_free):
     """One warp. Work is taken when a slot is free: all have read it, and the producer says that it is time."""
     spans, counts, order, counter = lists
     lines, capacity, heads_total, heads, group, mask_stride, mask_heads, head_group = sizes
-    pieces = heads_total * lines
     turn = 0
     more = True
     while more:
         slot = turn % 2
         mbarrier.wait(work_free.index(slot), ((turn // 2) & 1) ^ 1)
-        number = gl.atomic_add(counter, 1, sem="relaxed")
-        more = number < pieces
-        line, b, h, mask = find_work(
-            gl.minimum(number, pieces - 1), order, lines, heads_total, heads, group, mask_stride, mask_heads, head_group
+        more, line, b, h, mask = take(
+            counter, order, lines, heads_total, heads, group, mask_stride, mask_heads, head_group
         )
         _, partial, full, span, tile, end = open_list(spans, counts, mask, line, lines, capacity)
         steps = partial + full
