@@ -16,7 +16,8 @@ logger = logging.getLogger(__name__)
 BACKENDS = ("auto", "reference", "torch", "triton", "hopper")
 # Wider tiles do not fit into registers.
 TRITON_MAX_HEAD_DIM = 256
-HOPPER_MAX_HEAD_DIM = 128
+HOPPER_MAX_HEAD_DIM = 256
+HOPPER_BACKWARD_MAX_HEAD_DIM = 128  # dK and dV of wider heads do not fit into registers
 HOPPER_AUTO_LENGTH = 1024  # shorter rows were not measured
 HOPPER_FORWARD_LENGTH = {64: 8192, 128: HOPPER_AUTO_LENGTH}  # the same of the forward, by head dim
 
@@ -54,11 +55,12 @@ def choose(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
 def choose_backward(backend: str, q: Tensor, k: Tensor, v: Tensor, *, deterministic: bool) -> str:
     """The backend of the backward: that of the forward, but for "triton" and "hopper", which save the same.
 
-    Hopper's adds up dq in whatever order tiles come, so Triton's serves where the same bits are asked for. "auto" takes
-    Hopper's where it was measured to be faster: at head dim 64 in shorter rows than its forward.
+    Hopper's adds up dq in whatever order tiles come, so Triton's serves where the same bits are asked for, and at head
+    dims above 128. "auto" takes Hopper's where it was measured to be faster: at head dim 64 in shorter rows than its
+    forward.
     """
     chosen = choose(backend, q, k, v)
-    if deterministic and chosen == "hopper":
+    if chosen == "hopper" and (deterministic or max(q.shape[3], v.shape[3]) > HOPPER_BACKWARD_MAX_HEAD_DIM):
         return "triton"
     if backend == "auto" and chosen == "triton" and not deterministic and _hopper_backward_pays(q, v):
         return "hopper" if _hopper_obstacle(q, k, v) is None else chosen

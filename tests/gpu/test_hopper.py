@@ -37,7 +37,7 @@ def attend(q, k, v, mask, **options):
 
 @pytest.mark.parametrize("name", list(built(8)))
 def test_every_builder(name):
-    for n, d in ((61, 64), (500, 128)):
+    for n, d in ((61, 64), (500, 128), (300, 256)):
         mask = built(n)[name]
         for part in (mask, mask[:, :, n // 2 :], mask[:, :, :, : 2 * n // 3]):
             check(part, kv_heads=2 if mask.shape[1] == 2 else 4, d=d, dv=d)
@@ -51,6 +51,9 @@ VARIANTS = [
     (BF16, 24, 40, {"dlse": True}),
     (torch.float16, 64, 64, {"softcap": 5.0}),
     (torch.float16, 128, 128, {"scale": -0.1}),
+    (BF16, 256, 256, {"transposed": True}),
+    (BF16, 192, 128, {"dlse": True}),
+    (torch.float16, 136, 256, {"softcap": 5.0, "sinks": True}),
 ]
 
 
@@ -64,7 +67,7 @@ def test_dtypes_head_dims_and_features(dtype, d, dv, features):
 
 @pytest.mark.parametrize("n", [1, 2, 15, 63, 64, 65, 127, 128, 129, 191, 257, 383, 511, 640, 1001, 2113, 4097])
 def test_lengths(n):
-    for d in (64, 128):
+    for d in (64, 128, 256):
         check(document(n), batch=1, kv_heads=2, d=d, dv=d)
         check(document(n)[:, :, n - max(1, n // 3) :], batch=2, kv_heads=1, d=d, dv=d)
 
@@ -84,7 +87,7 @@ def test_masks_a_head():
 
 def test_more_work_than_multiprocessors():
     """A program takes piece after piece, of several rows of the batch and heads."""
-    for d in (64, 128):
+    for d in (64, 128, 256):
         check(document(1001), heads=32, kv_heads=8, batch=3, d=d, dv=d)
 
 
@@ -93,7 +96,8 @@ def test_rows_and_columns_that_see_nothing():
     bounds = mask.bounds.clone()
     bounds[..., 1, :] = 300  # rows before 300 are hidden everywhere
     bounds[..., 0, 128:256] = 0  # and these columns from all
-    check(ColumnMask(bounds, causal=False))
+    for d in (64, 128, 256):
+        check(ColumnMask(bounds, causal=False), d=d, dv=d)
     everything = ColumnMask(torch.zeros(1, 1, 1, 500, dtype=torch.int32), causal=True)
     out, lse = attend(*qkv(everything), everything.to("cuda"))
     assert (out == 0).all()
@@ -119,7 +123,7 @@ def test_hidden_tiles_are_not_read():
 
 
 @settings(max_examples=100, deadline=None)
-@given(arbitrary(longest=900), st.sampled_from([64, 128]))
+@given(arbitrary(longest=900), st.sampled_from([64, 128, 256]))
 def test_random_bounds(case, d):
     mask, options = case
     check(mask, d=d, dv=d, **options)
@@ -146,10 +150,10 @@ def test_races():
         n = int(torch.randint(1, 3000, (), generator=generator))
         causal, vectors = KINDS[i % 4]
         mask = random_mask(n, n, causal=causal, vectors=vectors, generator=generator)
-        together = (1, 64, 300)[i % 3]
+        together = (1, 64, 300)[i // 3 % 3]
         bounds = mask.bounds[..., torch.arange(n) // together * together].contiguous()
         mask = ColumnMask(bounds, causal=causal, q_len=n).to("cuda")
-        tensors = qkv(mask, 16, 4, (64, 128)[i % 2], batch=2)
+        tensors = qkv(mask, 16, 4, (64, 128, 256)[i % 3], batch=2)
         do = torch.randn_like(tensors[0])
         first = grads(tensors, mask, do)
         assert all(t.isnan().sum() == 0 for t in first)
@@ -157,7 +161,7 @@ def test_races():
             assert same(first, grads(tensors, mask, do))
 
 
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", [64, 128, 256])
 def test_the_same_bits_every_time(d):
     """Of out, lse, dk and dv; of dq where they are asked for."""
     mask = document(1500).to("cuda")
@@ -226,8 +230,8 @@ def test_refusals():
         attend(q.float(), k.float(), v.float(), mask)
     with pytest.raises(NotImplementedError, match="backend='hopper' needs k aligned to 16 bytes.*k.contiguous"):
         attend(q, k[:, :, :1].expand(k.shape), v, mask)
-    with pytest.raises(NotImplementedError, match="multiples of 8 up to 128, got 256 and 256"):
-        attend(*qkv(mask, d=256), mask)
+    with pytest.raises(NotImplementedError, match="multiples of 8 up to 256, got 264 and 264"):
+        attend(*qkv(mask, d=264), mask)
 
 
 def test_auto_takes_them_where_they_are_faster():

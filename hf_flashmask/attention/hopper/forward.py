@@ -5,11 +5,11 @@ A team has a warp (the producer) that takes the work and brings tiles through TM
 
 All blocks of keys of all work form one stream of steps. In a step a consumer issues the scores of a block of keys, then
 the weighted values of the block before, and computes the softmax of the scores meanwhile; the first scores of the next
-work go out with the last values of this one, so that nothing drains in between.
+work go out behind the last values of this one, so that nothing drains in between.
 
 Step ``i`` has stage ``i % STAGES`` of the ring: K of block i and V of block i - 1 come together (``full``) and are
 released together (``free``). Q has two slots, one of the work at hand and one of the next; the output leaves through
-the slot of its Q.
+the slot of its Q. At head dim 256 there is room for one, and the next Q comes once the output is gone.
 """
 
 from triton.experimental import gluon
@@ -95,6 +95,7 @@ def _consume(
     q_s, k_s, v_s, bounds_s, words_s, work_s, bars = team
     out, lse, sinks, q_len, heads, qk_scale, cap_scale = given
     full, free, q_full, q_free, _, _ = bars
+    Q_SLOTS: gl.constexpr = q_full.shape[0]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
@@ -111,7 +112,7 @@ def _consume(
     s = _scores(q_s, k_s, 0, HALF, 0, BLOCK_N, BLOCK_D)
     s = warpgroup_mma_wait(0, deps=(s,))
     while bh >= 0:
-        slot = turn % 2
+        slot = turn % Q_SLOTS
         m0 = block_m * 128 + HALF * 64
         mbarrier.arrive(free.index(step % STAGES), count=1)
         if SOFTCAP:
@@ -124,8 +125,9 @@ def _consume(
         weights = pack_pairs(p, dtype)
         acc = gl.zeros([64, BLOCK_D], gl.float32, OUT)
         step += 1
-        tma.store_wait(0)  # the output before has been read from the other slot
-        mbarrier.arrive(q_free.index(slot ^ 1), count=1, pred=turn > 0)
+        if Q_SLOTS == 2:
+            tma.store_wait(0)  # the output before has been read from the other slot
+            mbarrier.arrive(q_free.index(slot ^ 1), count=1, pred=turn > 0)
         mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1, pred=total > 1)
         for visit in range(1, total):
             stage = step % STAGES
@@ -150,11 +152,12 @@ def _consume(
         # The last values, and the next work's first scores.
         turn += 1
         bh_next, block_m, partial, total = _read_work(work_s, bars, turn)
-        mbarrier.wait(q_full.index(turn % 2), (turn // 2) & 1, pred=bh_next >= 0)
         stage = step % STAGES
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-        s = _scores(q_s, k_s, turn % 2, HALF, stage, BLOCK_N, BLOCK_D)
         acc = _values(weights, v_s, acc, step, BLOCK_N, BLOCK_D, STAGES)
+        if Q_SLOTS == 2:
+            mbarrier.wait(q_full.index(turn % 2), (turn // 2) & 1, pred=bh_next >= 0)
+            s = _scores(q_s, k_s, turn % 2, HALF, stage, BLOCK_N, BLOCK_D)
         if partial > 0:
             hide_bits(bounds_s, stage * NUM_BOUNDS, words, block_m * 128 + HALF * 64, BLOCK_N, NUM_BOUNDS)
         l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, SCORES))
@@ -174,12 +177,18 @@ def _consume(
         m = m0 + gl.arange(0, 64, l_i.type.layout)
         value = gl.where(empty, float("-inf"), (top + gl.log2(l_i)) * LN2)
         gl.store(lse + bh.to(gl.int64) * q_len + m, value, mask=m < q_len)
-        acc, s, weights = warpgroup_mma_wait(0, deps=(acc, s, weights))
+        acc, weights = warpgroup_mma_wait(Q_SLOTS - 1, deps=(acc, weights))
         acc = acc * gl.convert_layout(factor, ROWS)[:, None]
         q_s.index(slot * 2 + HALF).reshape([64, BLOCK_D]).store(acc.to(dtype))
         fence_async_shared()
         tma_store(out, [b, h, m0, 0], q_s.index(slot * 2 + HALF))
+        if Q_SLOTS == 1:
+            tma.store_wait(0)
+            mbarrier.arrive(q_free.index(0), count=1)
+            mbarrier.wait(q_full.index(0), turn & 1, pred=bh_next >= 0)
+            s = _scores(q_s, k_s, 0, HALF, stage, BLOCK_N, BLOCK_D)
         bh = bh_next
+        s = warpgroup_mma_wait(0, deps=(s,))
     tma.store_wait(0)
 
 
@@ -189,6 +198,17 @@ def _take(counter, order, counts, lines, heads_total, heads, mask_stride, mask_h
     more, block_m, b, h, mask = take(counter, order, lines, heads_total, heads, 1, mask_stride, mask_heads, head_group)
     at = counts + (mask * lines + block_m) * 2
     return more, block_m, b, h, mask, gl.load(at), gl.load(at + 1)
+
+
+@gluon.jit
+def _load_q(q, q_s, bars, turn, b, h, block_m):
+    q_full, q_free = bars[2], bars[3]
+    Q_SLOTS: gl.constexpr = q_full.shape[0]
+    slot = turn % Q_SLOTS
+    mbarrier.wait(q_free.index(slot), ((turn // Q_SLOTS) & 1) ^ 1)
+    mbarrier.expect(q_full.index(slot), 2 * q.block_type.nbytes)
+    tma_load(q, [b, h, block_m * 128, 0], q_full.index(slot), q_s.index(slot * 2))
+    tma_load(q, [b, h, block_m * 128 + 64, 0], q_full.index(slot), q_s.index(slot * 2 + 1))
 
 
 @gluon.jit
@@ -217,7 +237,8 @@ def _produce(team, given, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_BOUND
     q_s, k_s, v_s, bounds_s, _, work_s, bars = team
     q, k, v, bounds, spans, counts, order, counter, sizes = given
     bounds_len, lines, capacity, heads_total, heads, group, mask_stride, mask_heads, head_group = sizes
-    full, free, q_full, q_free, work_full, work_free = bars
+    full, free, q_full, _, work_full, work_free = bars
+    Q_SLOTS: gl.constexpr = q_full.shape[0]
     step = 0
     turn = 0
     more, block_m, b, h, mask, partial, whole = _take(
@@ -242,10 +263,8 @@ def _produce(team, given, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_BOUND
         write_scalar(work_s.index(slot * WORK_FIELDS + 2), partial)
         write_scalar(work_s.index(slot * WORK_FIELDS + 3), total)
         mbarrier.arrive(work_full.index(slot), count=1)
-        mbarrier.wait(q_free.index(slot), ((turn // 2) & 1) ^ 1)
-        mbarrier.expect(q_full.index(slot), 2 * q.block_type.nbytes)
-        tma_load(q, [b, h, block_m * 128, 0], q_full.index(slot), q_s.index(slot * 2))
-        tma_load(q, [b, h, block_m * 128 + 64, 0], q_full.index(slot), q_s.index(slot * 2 + 1))
+        if Q_SLOTS == 2:
+            _load_q(q, q_s, bars, turn, b, h, block_m)
         bounds_at = mask.to(gl.int32) * NUM_BOUNDS * bounds_len
         b_here = b
         h_here = h // group
@@ -254,6 +273,8 @@ def _produce(team, given, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_BOUND
             k, v, bounds, k_s, v_s, bounds_s, bars, step, (b_here, h_here, row), (b_before, h_before, row_before),
             bounds_at + block * BLOCK_N, bounds_len, partial > 0, STAGES, NUM_BOUNDS,
         )  # fmt: skip
+        if Q_SLOTS == 1:  # its slot becomes free when the work before has got the last values, which came above
+            _load_q(q, q_s, bars, turn, b, h, block_m)
         step += 1
         partial_here = partial
         # The work after this one, looked up while the consumers are busy.
@@ -288,10 +309,11 @@ def _produce(team, given, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_BOUND
 @gluon.jit
 def _team(
     q, k, v, bounds,
-    BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_BOUNDS: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_SLOTS: gl.constexpr,
+    NUM_BOUNDS: gl.constexpr,
 ):  # fmt: skip
     """What a producer and its two consumers share: memory for tiles, barriers at their start."""
-    q_s = gl.allocate_shared_memory(q.dtype, [4, 1, 1, 64, BLOCK_D], q.layout)
+    q_s = gl.allocate_shared_memory(q.dtype, [2 * Q_SLOTS, 1, 1, 64, BLOCK_D], q.layout)
     k_s = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k.layout)
     v_s = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], v.layout)
     bounds_s = gl.allocate_shared_memory(gl.int32, [STAGES * NUM_BOUNDS, BLOCK_N], bounds.layout)
@@ -300,16 +322,17 @@ def _team(
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    q_free = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_SLOTS, 1], BARRIER)
+    q_free = gl.allocate_shared_memory(gl.int64, [Q_SLOTS, 1], BARRIER)
     work_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     work_free = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(free.index(i), count=2)
-    for i in gl.static_range(2):
+    for i in gl.static_range(Q_SLOTS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_free.index(i), count=2)
+    for i in gl.static_range(2):
         mbarrier.init(work_full.index(i), count=1)
         mbarrier.init(work_free.index(i), count=2)
     bars = (full, free, q_full, q_free, work_full, work_free)
@@ -321,8 +344,8 @@ def forward_kernel(
     q, k, v, out, lse, sinks, bounds, spans, counts, order, counter,
     q_len, bounds_len, lines, capacity, heads_total, heads, group, mask_stride, mask_heads, head_group,
     qk_scale, cap_scale,
-    BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_BOUNDS: gl.constexpr,
-    SOFTCAP: gl.constexpr, SINKS: gl.constexpr, TEAMS: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_SLOTS: gl.constexpr,
+    NUM_BOUNDS: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, TEAMS: gl.constexpr,
 ):  # fmt: skip
     """out and lse of all rows and heads.
 
@@ -331,7 +354,7 @@ def forward_kernel(
     """
     # The first partition's registers are what is left; then warps and registers a thread of the others.
     EARLY: gl.constexpr = TEAMS == 1
-    team = _team(q, k, v, bounds, BLOCK_D, BLOCK_N, STAGES, NUM_BOUNDS)
+    team = _team(q, k, v, bounds, BLOCK_D, BLOCK_N, STAGES, Q_SLOTS, NUM_BOUNDS)
     rows = (out, lse, sinks, q_len, heads, qk_scale, cap_scale)
     sizes = (bounds_len, lines, capacity, heads_total, heads, group, mask_stride, mask_heads, head_group)
     work = (q, k, v, bounds, spans, counts, order, counter, sizes)
@@ -342,7 +365,7 @@ def forward_kernel(
             (_produce, (team, work, BLOCK_N, STAGES, NUM_BOUNDS)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
-        other = _team(q, k, v, bounds, BLOCK_D, BLOCK_N, STAGES, NUM_BOUNDS)
+        other = _team(q, k, v, bounds, BLOCK_D, BLOCK_N, STAGES, Q_SLOTS, NUM_BOUNDS)
         gl.warp_specialize([
             (_consume, (team, rows, 0, BLOCK_N, BLOCK_D, STAGES, NUM_BOUNDS, SOFTCAP, SINKS, EARLY)),
             (_consume, (team, rows, 1, BLOCK_N, BLOCK_D, STAGES, NUM_BOUNDS, SOFTCAP, SINKS, EARLY)),

@@ -38,22 +38,27 @@ _DQ_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, r
 
 
 class Config(NamedTuple):
-    """``stages`` of K and V in flight, columns of a tile, and teams of warps in a program."""
+    """``stages`` of K and V in flight, places for Q, columns of a tile, and teams of warps in a program."""
 
     stages: int
+    q_slots: int
     block_n: int
     teams: int
 
 
 # By width of the tiles: as many stages as 227 KiB hold. Exponentials take as long as products at head dim 64, so more
 # warps, whose registers narrow tiles leave room for.
-CONFIGS = {64: Config(stages=4, block_n=64, teams=2), 128: Config(stages=2, block_n=128, teams=1)}
+CONFIGS = {
+    64: Config(stages=4, q_slots=2, block_n=64, teams=2),
+    128: Config(stages=2, q_slots=2, block_n=128, teams=1),
+    256: Config(stages=2, q_slots=1, block_n=64, teams=1),
+}
 _BACKWARD_STAGES = {64: 4, 128: 2}  # of Q and dO
 
 
 def tile_width(head_dim: int, head_dim_v: int) -> int:
     """Columns of the tiles: narrower heads are filled up with zeros by TMA."""
-    return 64 if max(head_dim, head_dim_v) <= 64 else 128
+    return max(64, triton.next_power_of_2(max(head_dim, head_dim_v)))
 
 
 def interval_bounds(mask: ColumnMask) -> Tensor:
@@ -111,7 +116,7 @@ def forward(
             _descriptor(out, 64, width), lse, lse if sinks is None else sinks,
             TensorDescriptor(bounds.flatten(), [bounds.numel()], [1], [config.block_n], _ROW_LAYOUT),
             q_len=q_len, SINKS=sinks is not None, BLOCK_D=width, BLOCK_N=config.block_n, STAGES=config.stages,
-            TEAMS=config.teams, num_warps=4,
+            Q_SLOTS=config.q_slots, TEAMS=config.teams, num_warps=4,
             **_common(mask, bounds, lists, q, k, heads_q, config.teams, softmax_scale, softcap),
         )  # fmt: skip
     return out, lse
