@@ -17,9 +17,8 @@ BACKENDS = ("auto", "reference", "torch", "triton", "hopper")
 # Wider tiles do not fit into registers.
 TRITON_MAX_HEAD_DIM = 256
 HOPPER_MAX_HEAD_DIM = 256
-HOPPER_BACKWARD_MAX_HEAD_DIM = 128  # dK and dV of wider heads do not fit into registers
 HOPPER_AUTO_LENGTH = 1024  # shorter rows were not measured
-HOPPER_FORWARD_LENGTH = {64: 8192, 128: HOPPER_AUTO_LENGTH}  # the same of the forward, by head dim
+HOPPER_FORWARD_LENGTH = {64: 8192, 128: HOPPER_AUTO_LENGTH, 256: HOPPER_AUTO_LENGTH}  # the forward's, by head dim
 
 
 def choose(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
@@ -55,12 +54,11 @@ def choose(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
 def choose_backward(backend: str, q: Tensor, k: Tensor, v: Tensor, *, deterministic: bool) -> str:
     """The backend of the backward: that of the forward, but for "triton" and "hopper", which save the same.
 
-    Hopper's adds up dq in whatever order tiles come, so Triton's serves where the same bits are asked for, and at head
-    dims above 128. "auto" takes Hopper's where it was measured to be faster: at head dim 64 in shorter rows than its
-    forward.
+    Hopper's adds up dq in whatever order tiles come, so Triton's serves where the same bits are asked for. "auto" takes
+    Hopper's where it was measured to be faster: at head dim 64 in shorter rows than its forward.
     """
     chosen = choose(backend, q, k, v)
-    if chosen == "hopper" and (deterministic or max(q.shape[3], v.shape[3]) > HOPPER_BACKWARD_MAX_HEAD_DIM):
+    if deterministic and chosen == "hopper":
         return "triton"
     if backend == "auto" and chosen == "triton" and not deterministic and _hopper_backward_pays(q, v):
         return "hopper" if _hopper_obstacle(q, k, v) is None else chosen
@@ -70,7 +68,8 @@ def choose_backward(backend: str, q: Tensor, k: Tensor, v: Tensor, *, determinis
 def _hopper_pays(q: Tensor, v: Tensor) -> bool:
     """Where the Hopper forward was measured to be faster than the portable one (H200, Triton 3.6).
 
-    At head dim 128 it is 1.03 to 1.4 times as fast (1K to 8K tokens), at 64 1.04 to 1.13 times (8K; 0.8 to 1.07 below).
+    At head dim 128 it is 1.03 to 1.4 times as fast (1K to 8K tokens), at 256 1.2 to 1.6 times (the same), at 64 1.04 to
+    1.13 times (8K; 0.8 to 1.07 below).
     """
     return q.shape[3] == v.shape[3] and q.shape[1] >= HOPPER_FORWARD_LENGTH.get(q.shape[3], math.inf)
 

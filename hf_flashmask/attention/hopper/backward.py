@@ -23,55 +23,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hf_flashmask.attention.triton.primitives import LENGTHS, list_of, next_tile, open_list, tanh
+from hf_flashmask.attention.triton.primitives import LENGTHS, tanh
 
-from .compat import reinterpret, tma_add, tma_load, tma_store
-from .primitives import hide_columns, load_bounds, read_scalar, widen, write_scalar
-from .schedule import WORK_FIELDS, read_list, read_work, schedule
-
-# What the producer tells the consumers of a step: 4 * block of queries + 2 * whether another step follows + whether it
-# is partial, mask.
-STEP_FIELDS = gl.constexpr(2)
-# Steps from its end at which a piece of work lets the next one be taken: time enough to look it up.
-TAKE_AHEAD = gl.constexpr(4)
-# A row of K and V that no tensor has: TMA fills tiles from there on with zeros.
-NOWHERE = gl.constexpr(2**30)
+from .backward_common import STEP_FIELDS, in_thread_order, next_work, produce, scores
+from .compat import reinterpret, tma_add, tma_store
+from .primitives import hide_columns, load_bounds, read_scalar, widen
+from .schedule import WORK_FIELDS, schedule
 
 
 @gluon.constexpr_function
 def kv_in_registers(BLOCK_D):
     """Half as wide, K and V have room there, which spares shared memory, the narrowest place of all."""
     return BLOCK_D == 64
-
-
-@gluon.jit
-def in_thread_order(dq):
-    """dq [64, 64], a warpgroup's accumulator, as [128, 32].
-
-    Four neighbours here lie in one thread, and the next four in the next: 16-byte stores without bank conflicts.
-    ``finish_kernel`` puts it back.
-    """
-    dq = gl.reshape(dq, [4, 2, 8, 8, 4, 2])
-    return gl.reshape(gl.permute(dq, (3, 0, 2, 4, 1, 5)), [128, 32])
-
-
-@gluon.jit
-def _read_work(work_s, work_full, work_free, turn, BLOCK_N: gl.constexpr):
-    """The piece of work number ``turn``: batch * key heads + key head, first key, steps, mask of the first step."""
-    bh, block_n, steps, mask = read_work(work_s, work_full, turn)
-    mbarrier.arrive(work_free.index(turn % 2), count=1)
-    return bh, block_n * BLOCK_N, steps, mask
-
-
-@gluon.jit
-def _scores(rows, columns, stats, START: gl.constexpr):
-    """rows columns^T [64, BLOCK_M] plus, with START, the row ``stats``; issued and not awaited."""
-    BLOCK_M: gl.constexpr = columns.shape[0]
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-    acc = gl.zeros([64, BLOCK_M], gl.float32, LAYOUT)
-    if START:
-        acc, _ = gl.broadcast(stats.load(LAYOUT), acc)
-    return warpgroup_mma(rows, columns.permute((1, 0)), acc, use_acc=START, is_async=True)
 
 
 @gluon.jit
@@ -94,13 +57,13 @@ def _consume(
     values = v_s.index(HALF).reshape([64, BLOCK_D])
     step = 0
     turn = 0
-    bh, n0, steps, mask = _read_work(work_s, work_full, work_free, 0, BLOCK_N)
+    bh, n0, steps, mask = next_work(work_s, work_full, work_free, 0, BLOCK_N)
     n = 64 * HALF + gl.arange(0, 64, KEYS)
     b0, b1, b2, b3 = load_bounds(bounds, mask, n0 + n, bounds_len, NUM_BOUNDS)
     # The first scores: of what is loaded, or of whatever memory holds if there is no work.
     mbarrier.wait(q_full.index(0), 0, pred=bh >= 0)
     keys = k_s.index(HALF).reshape([64, BLOCK_D])
-    s = _scores(keys, q_s.index(0).reshape([BLOCK_M, BLOCK_D]), stats_s.index(0).slice(0, 1, 0), LSE_FIRST)
+    s = scores(keys, q_s.index(0).reshape([BLOCK_M, BLOCK_D]), stats_s.index(0).slice(0, 1, 0), LSE_FIRST)
     s = warpgroup_mma_wait(0, deps=(s,))
     while bh >= 0:
         dk_acc = gl.zeros([64, BLOCK_D], gl.float32, GRADS)
@@ -110,7 +73,7 @@ def _consume(
             own_keys = k_s.index(slot * 2 + HALF).reshape([64, BLOCK_D]).load(OWN)
             stage = step % STAGES
             q_tile = q_s.index(stage).reshape([BLOCK_M, BLOCK_D])
-            s = _scores(own_keys, q_tile, stats_s.index(stage).slice(0, 1, 0), LSE_FIRST)
+            s = scores(own_keys, q_tile, stats_s.index(stage).slice(0, 1, 0), LSE_FIRST)
             mbarrier.wait(do_full.index(stage), (step // STAGES) & 1)
             own_values = values.load(OWN)
             mbarrier.arrive(v_free, count=1)
@@ -137,7 +100,7 @@ def _consume(
             mbarrier.wait(do_full.index(stage), (step // STAGES) & 1)
             # Row statistics are where the sums begin: no registers of their own.
             stats = stats_s.index(stage).slice(1, 1, 0)
-            dp = _scores(own_values if KV_IN_REGISTERS else values, do_tile, stats, True)
+            dp = scores(own_values if KV_IN_REGISTERS else values, do_tile, stats, True)
             dv_acc = warpgroup_mma(weights, do_tile, dv_acc, is_async=True)
             if KV_IN_REGISTERS:
                 dp = warpgroup_mma_wait(1, deps=(dp,))
@@ -165,11 +128,11 @@ def _consume(
             next_q = q_s.index(next_stage).reshape([BLOCK_M, BLOCK_D])
             stats = stats_s.index(next_stage).slice(0, 1, 0)
             if KV_IN_REGISTERS:
-                s_next = _scores(own_keys, next_q, stats, LSE_FIRST)
+                s_next = scores(own_keys, next_q, stats, LSE_FIRST)
             else:
                 next_slot = slot ^ gl.where(left == 0, 1, 0)
                 keys = k_s.index(next_slot * 2 + HALF).reshape([64, BLOCK_D])
-                s_next = _scores(keys, next_q, stats, LSE_FIRST)
+                s_next = scores(keys, next_q, stats, LSE_FIRST)
             mbarrier.arrive(ds_full.index(at), count=1)
             dk_acc, dv_acc, weights, ds_operand = warpgroup_mma_wait(1, deps=(dk_acc, dv_acc, weights, ds_operand))
             mbarrier.arrive(free.index(stage), count=1)
@@ -177,7 +140,7 @@ def _consume(
         first = step // 2 + turn
         second = (step + 1) // 2 + turn
         turn += 1
-        bh, n0, steps, mask = _read_work(work_s, work_full, work_free, turn, BLOCK_N)
+        bh, n0, steps, mask = next_work(work_s, work_full, work_free, turn, BLOCK_N)
         b0, b1, b2, b3 = load_bounds(bounds, mask, n0 + n, bounds_len, NUM_BOUNDS)
         # The memory of ds is used once more a piece of work, for dv.
         mbarrier.wait(ds_free.index(step % 2), (first & 1) ^ 1)
@@ -201,7 +164,7 @@ def _write(
     KV_IN_REGISTERS: gl.constexpr = kv_in_registers(BLOCK_D)
     step = 0
     turn = 0
-    bh, n0, steps, _ = _read_work(work_s, work_full, work_free, 0, BLOCK_N)
+    bh, n0, steps, _ = next_work(work_s, work_full, work_free, 0, BLOCK_N)
     while bh >= 0:
         slot = turn % 2
         k0_s = k_s.index(slot * 2)
@@ -240,7 +203,7 @@ def _write(
         mbarrier.arrive(ds_free.index(1), count=1)
         mbarrier.arrive(k_free.index(slot), count=1)
         turn += 1
-        bh, n0, steps, _ = _read_work(work_s, work_full, work_free, turn, BLOCK_N)
+        bh, n0, steps, _ = next_work(work_s, work_full, work_free, turn, BLOCK_N)
 
 
 @gluon.jit
@@ -250,77 +213,6 @@ def _as_tile(ds_s, dv):
     if dv.block_shape[3] == 64:
         memory = ds_s.index(0)
     return reinterpret(memory, dv.dtype, dv.block_shape, dv.layout)
-
-
-@gluon.jit
-def _produce(
-    given, tiles, steps_s, rows_s, work_s, bars, sizes,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """The warp that loads what a piece of work needs."""
-    q, do, stats, k, v, spans, counts = given
-    row_blocks, lines, capacity, heads, group, mask_stride, mask_heads = sizes
-    q_s, do_s, stats_s, k_s, v_s = tiles
-    q_full, do_full, free, k_free, v_free, work_full, work_free = bars
-    Q_BYTES: gl.constexpr = q.block_type.nbytes + stats.block_type.nbytes
-    step = 0
-    turn = 0
-    bh, block_n, steps, mask = read_work(work_s, work_full, 0)
-    while bh >= 0:
-        slot = turn % 2
-        partial, full, span, block, end, nothing = read_list(work_s, turn)
-        n0 = gl.where(nothing, NOWHERE, block_n * BLOCK_N)
-        b = bh // heads
-        h_kv = bh % heads
-        begin = step
-        last = step + steps - 1
-        # Work taken early is work done out of its order: less of what programs read at one time is the same.
-        takes = gl.maximum(last - TAKE_AHEAD, begin)
-        for g in range(group):
-            h = h_kv * group + g
-            if g > 0:
-                mask = b * mask_stride + h // mask_heads
-                _, partial, full, span, block, end = open_list(
-                    spans, counts, mask.to(gl.int64), block_n, lines, capacity
-                )
-            line = list_of(spans, mask.to(gl.int64), block_n, lines, capacity)
-            rows = (b * heads * group + h) * row_blocks
-            for visit in range(partial + full):
-                stage = step % STAGES
-                starts = step == begin
-                # The first two pieces are taken at once.
-                mbarrier.arrive(work_free.index(slot ^ 1), count=1, pred=(step == takes) & (turn > 0))
-                follows = step != last
-                if step == last:
-                    bh, _, _, _ = read_work(work_s, work_full, turn + 1)
-                    follows = bh >= 0
-                mbarrier.wait(free.index(stage), ((step // STAGES) & 1) ^ 1)
-                what = block * 4 + follows.to(gl.int32) * 2 + (visit < partial).to(gl.int32)
-                write_scalar(steps_s.index(stage * STEP_FIELDS), what)
-                write_scalar(steps_s.index(stage * STEP_FIELDS + 1), mask)
-                # The writer is behind: the consumers by two steps at most, which are behind by STAGES.
-                write_scalar(rows_s.index(step % (2 * STAGES)), rows + block)
-                mbarrier.expect(q_full.index(stage), Q_BYTES)
-                mbarrier.wait(k_free.index(slot), ((turn // 2) & 1) ^ 1, pred=starts)
-                mbarrier.expect(q_full.index(stage), 2 * k.block_type.nbytes, pred=starts)
-                mbarrier.arrive(q_full.index(stage), count=1, pred=step != begin)
-                for half in gl.static_range(2):
-                    tma_load(
-                        k, [b, h_kv, n0 + 64 * half, 0], q_full.index(stage), k_s.index(slot * 2 + half), pred=starts
-                    )
-                tma_load(q, [b, h, block * BLOCK_M, 0], q_full.index(stage), q_s.index(stage))
-                tma_load(stats, [(rows + block) * 2, 0], q_full.index(stage), stats_s.index(stage))
-                mbarrier.wait(v_free, (turn & 1) ^ 1, pred=starts)
-                mbarrier.expect(do_full.index(stage), do.block_type.nbytes)
-                mbarrier.expect(do_full.index(stage), 2 * v.block_type.nbytes, pred=starts)
-                mbarrier.arrive(do_full.index(stage), count=1, pred=step != begin)
-                tma_load(do, [b, h, block * BLOCK_M, 0], do_full.index(stage), do_s.index(stage))
-                for half in gl.static_range(2):
-                    tma_load(v, [b, h_kv, n0 + 64 * half, 0], do_full.index(stage), v_s.index(half), pred=starts)
-                span, block, end = next_tile(line, span, block, end, visit, partial, capacity)
-                step += 1
-        turn += 1
-        bh, block_n, steps, mask = read_work(work_s, work_full, turn)
 
 
 @gluon.jit(do_not_specialize=LENGTHS)
@@ -401,6 +293,6 @@ def backward_kernel(
             k_s, ds0_s, ds1_s, dv0_s, dv1_s, dq_s, rows_s, work_s, writer, (dq, dk, dv, heads),
             BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
         )),
-        (_produce, (tensors, tiles, steps_s, rows_s, work_s, producer, sizes, BLOCK_M, BLOCK_N, STAGES)),
+        (produce, (tensors, tiles, steps_s, rows_s, work_s, producer, sizes, BLOCK_M, BLOCK_N, STAGES)),
         (schedule, (lists, list_sizes, work_s, work_full, work_free)),
     ], [4, 4, 1, 1], [208, 64, 32, 32])  # fmt: skip

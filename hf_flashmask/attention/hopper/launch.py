@@ -27,9 +27,9 @@ from hf_flashmask.masks import ColumnMask
 from .backward import backward_kernel
 from .dq_buffer import finish_kernel, prepare_kernel
 from .forward import forward_kernel
+from .wide_backward import wide_backward_kernel
 
 _BLOCK_M = 128  # two warpgroups of 64 rows
-_BLOCK_N = 128  # of the backward, and of the forward at head dim 128
 _GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _BACKWARD_BLOCK_M = 64  # rows of a step of the backward; registers hold no more
 _ROW_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
@@ -53,7 +53,8 @@ CONFIGS = {
     128: Config(stages=2, q_slots=2, block_n=128, teams=1),
     256: Config(stages=2, q_slots=1, block_n=64, teams=1),
 }
-_BACKWARD_STAGES = {64: 4, 128: 2}  # of Q and dO
+_BACKWARD_STAGES = {64: 4, 128: 2, 256: 2}  # of Q and dO
+_BACKWARD_BLOCK_N = {64: 128, 128: 128, 256: 64}
 
 
 def tile_width(head_dim: int, head_dim_v: int) -> int:
@@ -84,8 +85,9 @@ def plan_bytes(mask: ColumnMask, head_dim: int, head_dim_v: int, dtype: torch.dt
     """Makes all that a training step needs to know of a mask, anew if the mask is new; its bytes beside the bounds."""
     bounds = interval_bounds(mask)
     size = 0 if bounds.data_ptr() == mask.bounds.data_ptr() else bounds.nbytes
-    block_n = CONFIGS[tile_width(head_dim, head_dim_v)].block_n
-    return size + _lists(mask, by_columns=False, block_n=block_n).nbytes + _lists(mask, by_columns=True).nbytes
+    width = tile_width(head_dim, head_dim_v)
+    rows = _lists(mask, by_columns=False, block_n=CONFIGS[width].block_n)
+    return size + rows.nbytes + _lists(mask, by_columns=True, block_n=_BACKWARD_BLOCK_N[width]).nbytes
 
 
 def forward(
@@ -144,28 +146,30 @@ def backward(
     heads_kv, head_dim_v = v.shape[2:]
     width = tile_width(head_dim, head_dim_v)
     bounds = interval_bounds(mask)
-    lists = _lists(mask, by_columns=True)
+    block_n = _BACKWARD_BLOCK_N[width]
+    lists = _lists(mask, by_columns=True, block_n=block_n)
     row_blocks = triton.cdiv(q_len, _BACKWARD_BLOCK_M)
     rows = batch * heads_q * row_blocks
     stats = lse.new_empty(rows * 2, _BACKWARD_BLOCK_M)
     buffer = lse.new_empty(rows * _BACKWARD_BLOCK_M * width // 32, 32)
     shared = {"q_len": q_len, "heads": heads_q, "row_blocks": row_blocks, "BLOCK_M": _BACKWARD_BLOCK_M}
     lse_first = width == 64 and not softcap
+    kernel, options = (wide_backward_kernel, {}) if width == 256 else (backward_kernel, {"LSE_FIRST": lse_first})
     with torch.cuda.device_of(q):
         prepare_kernel[(rows,)](
             out, do, lse, lse if dlse is None else dlse.contiguous(), stats, buffer, *_strides(out), *_strides(do),
             lse_scale=1 / softmax_scale if lse_first else LOG2E,
             HEAD_DIM_V=head_dim_v, BLOCK_D=width, DLSE=dlse is not None, **shared,
         )  # fmt: skip
-        backward_kernel[(min(multiprocessors(q.device), batch * heads_kv * lists.lines),)](
+        kernel[(min(multiprocessors(q.device), batch * heads_kv * lists.lines),)](
             _descriptor(q, _BACKWARD_BLOCK_M, width), _descriptor(do, _BACKWARD_BLOCK_M, width),
             TensorDescriptor(stats, list(stats.shape), [_BACKWARD_BLOCK_M, 1], [2, _BACKWARD_BLOCK_M], _STATS_LAYOUT),
             _descriptor(k, 64, width), _descriptor(v, 64, width),
             TensorDescriptor(buffer, list(buffer.shape), [32, 1], [128, 32], _DQ_LAYOUT),
             _descriptor(dk, 64, width), _descriptor(dv, 64, width), bounds,
-            row_blocks=row_blocks, softmax_scale=softmax_scale, BLOCK_M=_BACKWARD_BLOCK_M, BLOCK_N=_BLOCK_N,
-            ONE_MASK=heads_q // mask.shape[1] % (heads_q // heads_kv) == 0, LSE_FIRST=lse_first, BLOCK_D=width,
-            STAGES=_BACKWARD_STAGES[width], num_warps=4,
+            row_blocks=row_blocks, softmax_scale=softmax_scale, BLOCK_M=_BACKWARD_BLOCK_M, BLOCK_N=block_n,
+            ONE_MASK=heads_q // mask.shape[1] % (heads_q // heads_kv) == 0, BLOCK_D=width,
+            STAGES=_BACKWARD_STAGES[width], num_warps=4, **options,
             **_common(mask, bounds, lists, q, k, heads_kv, 1, softmax_scale, softcap),
         )  # fmt: skip
         finish_kernel[(rows,)](
@@ -178,7 +182,7 @@ def backward(
     return dq, dk, dv, sink_gradient(sinks, lse, -delta)
 
 
-def _lists(mask: ColumnMask, by_columns: bool, block_n: int = _BLOCK_N) -> TileList:
+def _lists(mask: ColumnMask, by_columns: bool, block_n: int) -> TileList:
     return tile_list(mask, _BACKWARD_BLOCK_M if by_columns else _BLOCK_M, block_n, by_columns=by_columns)
 
 

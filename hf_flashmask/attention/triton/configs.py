@@ -46,6 +46,7 @@ _HOPPER = {
     ("forward", 128): [Config(128, 64, 4, 2, 2, merge=True), Config(64, 64, 4, 2)],
     ("dq", 64): [Config(64, 64, 4, 2), Config(64, 32, 4, 2)],
     ("dq", 128): [Config(64, 64, 4, 3, 2, in_registers=True), Config(64, 32, 4, 2)],
+    ("dq", 256): [Config(64, 64, 4, 2), Config(64, 32, 4, 2)],
     ("dkdv", 64): [Config(64, 64, 4, 3), Config(64, 64, 4, 2)],
     ("dkdv", 128): [Config(64, 64, 4, 2, 1), Config(32, 64, 4, 2)],
     # One program a multiprocessor: more blocks under way in it.

@@ -1,0 +1,263 @@
+"""The backward kernel of head dims above 128, whose dK and dV do not fit into one warpgroup's registers.
+
+As ``backward``, but for blocks of 64 keys, and with two warpgroups that do one product's gradient each. The first
+(``_weigh``) makes P and holds dV, the second (``_differentiate``) takes P from shared memory, makes dS and holds dK; the
+third (``_write``) computes from dS what a tile adds to dQ. Shared memory has room for one K and V and for one tile each
+of P, dS and a quarter of dQ, so a piece of work begins when the one before is done. dV leaves through the memory of its
+V, dK through that of its K.
+
+Barriers come in pairs: ``full`` when memory has been written, ``free`` when it has been read; ``v_done`` and ``k_done``
+say that nobody needs V, or K, any more.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from hf_flashmask.attention.triton.primitives import LENGTHS, tanh
+
+from .backward_common import STEP_FIELDS, in_thread_order, next_work, produce, scores
+from .compat import tma_add, tma_store
+from .primitives import hide_columns, load_bounds, read_scalar
+from .schedule import WORK_FIELDS, schedule
+
+
+@gluon.jit
+def _weigh(
+    tiles, p_s, steps_s, work_s, bars, given, out,
+    BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, NUM_BOUNDS: gl.constexpr,
+    SOFTCAP: gl.constexpr, ONE_MASK: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: p, for the others, and dv."""
+    q_s, do_s, stats_s, k_s, v_s = tiles
+    bounds, bounds_len, qk_scale, cap_scale = given
+    dv, heads = out
+    q_full, do_full, free, v_free, p_full, p_free, v_done, work_full, work_free = bars
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    GRADS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, GRADS, 2)
+    dtype: gl.constexpr = k_s.dtype
+    keys = k_s.index(0).reshape([64, BLOCK_D])
+    n = gl.arange(0, 64, gl.SliceLayout(1, SCORES))
+    step = 0
+    turn = 0
+    bh, n0, steps, mask = next_work(work_s, work_full, work_free, 0, 64)
+    while bh >= 0:
+        b0, b1, b2, b3 = load_bounds(bounds, mask, n0 + n, bounds_len, NUM_BOUNDS)
+        dv_acc = gl.zeros([64, BLOCK_D], gl.float32, GRADS)
+        stage = step % STAGES
+        mbarrier.wait(q_full.index(stage), (step // STAGES) & 1)
+        s = scores(keys, q_s.index(stage).reshape([BLOCK_M, BLOCK_D]), stats_s.index(stage).slice(0, 1, 0), False)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        for left in range(steps - 1, -1, -1):
+            stage = step % STAGES
+            what = read_scalar(steps_s.index(stage * STEP_FIELDS))
+            if not ONE_MASK:
+                now = read_scalar(steps_s.index(stage * STEP_FIELDS + 1))
+                if now != mask:
+                    b0, b1, b2, b3 = load_bounds(bounds, now, n0 + n, bounds_len, NUM_BOUNDS)
+                    mask = now
+            if SOFTCAP:
+                s = tanh(s * cap_scale)
+            p = gl.exp2(gl.fma(s, qk_scale, stats_s.index(stage).slice(0, 1, 0).load(SCORES)))
+            if what % 2 != 0:
+                p = hide_columns(p, what // 4 * BLOCK_M, b0, b1, b2, b3, NUM_BOUNDS)
+            p16 = p.to(dtype)
+            weights = gl.convert_layout(p16, OPERAND)
+            mbarrier.wait(p_free, (step & 1) ^ 1)
+            mbarrier.wait(do_full.index(stage), (step // STAGES) & 1)
+            step += 1
+            next_stage = step % STAGES
+            mbarrier.wait(q_full.index(next_stage), (step // STAGES) & 1, pred=left > 0)
+            if SOFTCAP:  # its derivative goes with p: the others want both together
+                p_s.store((p * (1.0 - s * s)).to(dtype))
+            else:
+                p_s.store(p16)
+            dv_acc = warpgroup_mma(weights, do_s.index(stage).reshape([BLOCK_M, BLOCK_D]), dv_acc, is_async=True)
+            # The next step's scores follow at once; in the last step, of whatever is there.
+            next_q = q_s.index(next_stage).reshape([BLOCK_M, BLOCK_D])
+            s_next = scores(keys, next_q, stats_s.index(next_stage).slice(0, 1, 0), False)
+            mbarrier.arrive(p_full, count=1)
+            dv_acc, weights = warpgroup_mma_wait(1, deps=(dv_acc, weights))
+            mbarrier.arrive(free.index(stage), count=1)
+            s = warpgroup_mma_wait(0, deps=(s_next,))
+        mbarrier.wait(v_done, turn & 1)
+        v_s.index(0).reshape([64, BLOCK_D]).store(dv_acc.to(dtype))
+        fence_async_shared()
+        tma_store(dv, [bh // heads, bh % heads, n0, 0], v_s.index(0))
+        turn += 1
+        bh, n0, steps, mask = next_work(work_s, work_full, work_free, turn, 64)
+        tma.store_wait(0)
+        mbarrier.arrive(v_free, count=1)
+
+
+@gluon.jit
+def _differentiate(
+    tiles, p_s, ds_s, work_s, bars, out, softmax_scale,
+    BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: ds, for dq, and dk."""
+    q_s, do_s, stats_s, k_s, v_s = tiles
+    dk, heads = out
+    q_full, do_full, free, k_free, p_full, p_free, ds_full, ds_free, v_done, k_done, work_full, work_free = bars
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    GRADS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, GRADS, 2)
+    dtype: gl.constexpr = k_s.dtype
+    values = v_s.index(0).reshape([64, BLOCK_D])
+    step = 0
+    turn = 0
+    bh, n0, steps, _ = next_work(work_s, work_full, work_free, 0, 64)
+    while bh >= 0:
+        dk_acc = gl.zeros([64, BLOCK_D], gl.float32, GRADS)
+        stage = step % STAGES
+        mbarrier.wait(q_full.index(stage), (step // STAGES) & 1)  # row statistics come with Q
+        mbarrier.wait(do_full.index(stage), (step // STAGES) & 1)
+        dp = scores(values, do_s.index(stage).reshape([BLOCK_M, BLOCK_D]), stats_s.index(stage).slice(1, 1, 0), True)
+        dp = warpgroup_mma_wait(0, deps=(dp,))
+        for left in range(steps - 1, -1, -1):
+            stage = step % STAGES
+            mbarrier.wait(p_full, step & 1)
+            ds = (p_s.load(SCORES).to(gl.float32) * dp).to(dtype)
+            ds_operand = gl.convert_layout(ds, OPERAND)
+            mbarrier.wait(ds_free, (step & 1) ^ 1)
+            step += 1
+            next_stage = step % STAGES
+            mbarrier.wait(q_full.index(next_stage), (step // STAGES) & 1, pred=left > 0)
+            mbarrier.wait(do_full.index(next_stage), (step // STAGES) & 1, pred=left > 0)
+            ds_s.store(ds)
+            fence_async_shared()
+            dk_acc = warpgroup_mma(ds_operand, q_s.index(stage).reshape([BLOCK_M, BLOCK_D]), dk_acc, is_async=True)
+            next_do = do_s.index(next_stage).reshape([BLOCK_M, BLOCK_D])
+            dp_next = scores(values, next_do, stats_s.index(next_stage).slice(1, 1, 0), True)
+            mbarrier.arrive(ds_full, count=1)
+            mbarrier.arrive(p_free, count=1)
+            dk_acc, ds_operand = warpgroup_mma_wait(1, deps=(dk_acc, ds_operand))
+            mbarrier.arrive(free.index(stage), count=1)
+            dp = warpgroup_mma_wait(0, deps=(dp_next,))
+        mbarrier.arrive(v_done, count=1)
+        mbarrier.wait(k_done, turn & 1)
+        k_s.index(0).reshape([64, BLOCK_D]).store((dk_acc * softmax_scale).to(dtype))
+        fence_async_shared()
+        tma_store(dk, [bh // heads, bh % heads, n0, 0], k_s.index(0))
+        turn += 1
+        bh, n0, steps, _ = next_work(work_s, work_full, work_free, turn, 64)
+        tma.store_wait(0)
+        mbarrier.arrive(k_free.index(0), count=1)
+
+
+@gluon.jit
+def _write(
+    k_s, ds_s, dq_s, rows_s, work_s, bars, dq, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr
+):
+    """One warpgroup: what each step adds to dq, 64 columns at a time."""
+    ds_full, ds_free, k_done, work_full, work_free = bars
+    DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    PARTS: gl.constexpr = BLOCK_D // 64
+    step = 0
+    turn = 0
+    bh, _, steps, _ = next_work(work_s, work_full, work_free, 0, 64)
+    while bh >= 0:
+        for _left in range(steps):
+            mbarrier.wait(ds_full, step & 1)
+            row = read_scalar(rows_s.index(step % (2 * STAGES)))
+            for part in gl.static_range(PARTS):
+                keys = k_s.index(0).reshape([64, BLOCK_D]).slice(64 * part, 64, 1)
+                zero = gl.zeros([BLOCK_M, 64], gl.float32, DQ)
+                acc = warpgroup_mma(ds_s.permute((1, 0)), keys, zero, use_acc=False, is_async=True)
+                tma.store_wait(0)  # the addition before has read dq_s
+                acc = warpgroup_mma_wait(0, deps=(acc,))
+                if part == PARTS - 1:
+                    mbarrier.arrive(ds_free, count=1)
+                dq_s.store(in_thread_order(acc))
+                fence_async_shared()
+                tma_add(dq, [(row * PARTS + part) * 128, 0], dq_s)
+            step += 1
+        mbarrier.arrive(k_done, count=1)
+        turn += 1
+        bh, _, steps, _ = next_work(work_s, work_full, work_free, turn, 64)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=LENGTHS)
+def wide_backward_kernel(
+    q, do, stats, k, v, dq, dk, dv, bounds, spans, counts, order, counter,
+    bounds_len, row_blocks, lines, capacity, heads_total, heads, group, mask_stride, mask_heads,
+    head_group, qk_scale, cap_scale, softmax_scale,
+    BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    NUM_BOUNDS: gl.constexpr, SOFTCAP: gl.constexpr, ONE_MASK: gl.constexpr,
+):  # fmt: skip
+    """As ``backward_kernel``, for blocks of BLOCK_N = 64 keys; the exponents take -lse in powers of two."""
+    q_s = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], q.layout)
+    do_s = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], do.layout)
+    stats_s = gl.allocate_shared_memory(gl.float32, [STAGES, 2, BLOCK_M], stats.layout)
+    k_s = gl.allocate_shared_memory(k.dtype, [1, 1, 1, BLOCK_N, BLOCK_D], k.layout)
+    v_s = gl.allocate_shared_memory(v.dtype, [1, 1, 1, BLOCK_N, BLOCK_D], v.layout)
+    DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_M], k.dtype)
+    p_s = gl.allocate_shared_memory(k.dtype, [BLOCK_N, BLOCK_M], DS)
+    ds_s = gl.allocate_shared_memory(k.dtype, [BLOCK_N, BLOCK_M], DS)
+    dq_s = gl.allocate_shared_memory(gl.float32, [128, 32], dq.layout)
+    SCALARS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    steps_s = gl.allocate_shared_memory(gl.int32, [STAGES * STEP_FIELDS, 1], SCALARS)
+    rows_s = gl.allocate_shared_memory(gl.int32, [2 * STAGES, 1], SCALARS)
+    work_s = gl.allocate_shared_memory(gl.int32, [2 * WORK_FIELDS, 1], SCALARS)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    k_free = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
+    v_free = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    p_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    p_free = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    ds_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    ds_free = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    v_done = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    k_done = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    work_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    work_free = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(i), count=2)
+        mbarrier.init(do_full.index(i), count=2)
+        mbarrier.init(free.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(work_full.index(i), count=1)
+        mbarrier.init(work_free.index(i), count=4)
+    mbarrier.init(k_free.index(0), count=1)
+    mbarrier.init(v_free, count=1)
+    mbarrier.init(p_full, count=1)
+    mbarrier.init(p_free, count=1)
+    mbarrier.init(ds_full, count=1)
+    mbarrier.init(ds_free, count=1)
+    mbarrier.init(v_done, count=1)
+    mbarrier.init(k_done, count=1)
+    weigher = (q_full, do_full, free, v_free, p_full, p_free, v_done, work_full, work_free)
+    differentiator = (
+        q_full, do_full, free, k_free, p_full, p_free, ds_full, ds_free, v_done, k_done, work_full, work_free,
+    )  # fmt: skip
+    writer = (ds_full, ds_free, k_done, work_full, work_free)
+    producer = (q_full, do_full, free, k_free, v_free, work_full, work_free)
+    tiles = (q_s, do_s, stats_s, k_s, v_s)
+    columns = (bounds, bounds_len, qk_scale, cap_scale)
+    sizes = (row_blocks, lines, capacity, heads, group, mask_stride, mask_heads)
+    tensors = (q, do, stats, k, v, spans, counts)
+    lists = (spans, counts, order, counter)
+    list_sizes = (lines, capacity, heads_total, heads, group, mask_stride, mask_heads, head_group)
+    # Warps of the second and following and registers a thread; the first gets what is left.
+    gl.warp_specialize([
+        (_weigh, (
+            tiles, p_s, steps_s, work_s, weigher, columns, (dv, heads),
+            BLOCK_M, BLOCK_D, STAGES, NUM_BOUNDS, SOFTCAP, ONE_MASK,
+        )),
+        (_differentiate, (
+            tiles, p_s, ds_s, work_s, differentiator, (dk, heads), softmax_scale, BLOCK_M, BLOCK_D, STAGES,
+        )),
+        (_write, (k_s, ds_s, dq_s, rows_s, work_s, writer, dq, BLOCK_M, BLOCK_D, STAGES)),
+        (produce, (tensors, tiles, steps_s, rows_s, work_s, producer, sizes, BLOCK_M, BLOCK_N, STAGES)),
+        (schedule, (lists, list_sizes, work_s, work_full, work_free)),
+    ], [4, 4, 1, 1], [208, 64, 32, 32])  # fmt: skip
