@@ -75,7 +75,8 @@ def machine_code(cubin, folder):
 
 
 # What it is compiled for, and the bytes of stack a thread, which is where registers spill to: forward, backward. Triton
-# 3.6 spills less: none forward, and backward 136, 96, 96, 40, 16, 280. Most of it is between pieces of work.
+# 3.6 spills less: forward 8 at 64 and 256, else none, and backward 136, 96, 96, 40, 16, 280, 128, 32. Most of it is
+# between pieces of work.
 CASES = {
     "128, 4 bounds": ({"vectors": 4}, 0, 224),
     "128, causal": ({"causal": True, "vectors": 1}, 0, 160),
@@ -83,8 +84,8 @@ CASES = {
     "64, 4 bounds": ({"vectors": 4, "head_dim": 64}, 96, 96),
     "64, causal": ({"causal": True, "vectors": 1, "head_dim": 64}, 96, 56),
     "128, all features": ({"vectors": 4, "softcap": 30.0, "sinks": True}, 0, 344),
-    "256, all features": ({"vectors": 4, "softcap": 30.0, "sinks": True, "head_dim": 256}, 24, 240),
-    "256, causal": ({"causal": True, "vectors": 1, "head_dim": 256}, 24, 240),
+    "256, all features": ({"vectors": 4, "softcap": 30.0, "sinks": True, "head_dim": 256}, 24, 168),
+    "256, causal": ({"causal": True, "vectors": 1, "head_dim": 256}, 24, 72),
 }
 
 
@@ -99,7 +100,9 @@ def test_wgmma_and_tma_and_few_spills(kernel, name, monkeypatch, tmp_path, recor
     assert "HGMMA" in code
     assert "UTMALDG" in code
     assert "UTMASTG" in code
-    assert ("UTMAREDG" in code) == (kernel == "backward_kernel")
+    # dq is added to its buffer by TMA, at 256 from registers, four numbers at a time.
+    added = "UTMAREDG" if kernel in kernels else "REDG.E.ADD.F32x4"
+    assert (added in code) == (kernel == "backward_kernel")
     usage = registers_and_stack(result.asm["cubin"], tmp_path)
     for what, value in zip(("registers", "stack", "shared"), (*usage, result.metadata.shared), strict=True):
         record_property(what, value)

@@ -21,13 +21,14 @@ NOWHERE = gl.constexpr(2**30)
 
 @gluon.jit
 def in_thread_order(dq):
-    """dq [64, 64], a warpgroup's accumulator, as [128, 32].
+    """dq [64, columns], a warpgroup's accumulator, as [2 * columns, 32].
 
     Four neighbours here lie in one thread, and the next four in the next: 16-byte stores without bank conflicts.
     ``finish_kernel`` puts it back.
     """
-    dq = gl.reshape(dq, [4, 2, 8, 8, 4, 2])
-    return gl.reshape(gl.permute(dq, (3, 0, 2, 4, 1, 5)), [128, 32])
+    columns: gl.constexpr = dq.shape[1]
+    dq = gl.reshape(dq, [4, 2, 8, columns // 8, 4, 2])
+    return gl.reshape(gl.permute(dq, (3, 0, 2, 4, 1, 5)), [2 * columns, 32])
 
 
 @gluon.jit

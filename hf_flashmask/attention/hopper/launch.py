@@ -165,7 +165,7 @@ def backward(
             _descriptor(q, _BACKWARD_BLOCK_M, width), _descriptor(do, _BACKWARD_BLOCK_M, width),
             TensorDescriptor(stats, list(stats.shape), [_BACKWARD_BLOCK_M, 1], [2, _BACKWARD_BLOCK_M], _STATS_LAYOUT),
             _descriptor(k, 64, width), _descriptor(v, 64, width),
-            TensorDescriptor(buffer, list(buffer.shape), [32, 1], [128, 32], _DQ_LAYOUT),
+            buffer if width == 256 else TensorDescriptor(buffer, list(buffer.shape), [32, 1], [128, 32], _DQ_LAYOUT),
             _descriptor(dk, 64, width), _descriptor(dv, 64, width), bounds,
             row_blocks=row_blocks, softmax_scale=softmax_scale, BLOCK_M=_BACKWARD_BLOCK_M, BLOCK_N=block_n,
             ONE_MASK=heads_q // mask.shape[1] % (heads_q // heads_kv) == 0, BLOCK_D=width,

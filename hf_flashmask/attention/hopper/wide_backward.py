@@ -1,13 +1,13 @@
-"""The backward kernel of head dims above 128, whose dK and dV do not fit into one warpgroup's registers.
+"""The backward kernel of head dims above 128, where one warpgroup's registers do not hold both dK and dV.
 
-As ``backward``, but for blocks of 64 keys, and with two warpgroups that do one product's gradient each. The first
-(``_weigh``) makes P and holds dV, the second (``_differentiate``) takes P from shared memory, makes dS and holds dK; the
-third (``_write``) computes from dS what a tile adds to dQ. Shared memory has room for one K and V and for one tile each
-of P, dS and a quarter of dQ, so a piece of work begins when the one before is done. dV leaves through the memory of its
+As ``backward``, but for blocks of 64 keys, and with a chain of three warpgroups. The first (``_weigh``) makes P and
+holds dV, the second (``_differentiate``) makes dS of P, the third (``_gather``) holds dK and computes from dS what a
+tile adds to dQ, which it adds to the buffer from registers: shared memory is full. P and dS are handed on there, in two
+slots each. K and V have one, so a piece of work begins when the one before is done; dV leaves through the memory of its
 V, dK through that of its K.
 
-Barriers come in pairs: ``full`` when memory has been written, ``free`` when it has been read; ``v_done`` and ``k_done``
-say that nobody needs V, or K, any more.
+Barriers come in pairs: ``full`` when memory has been written, ``free`` when it has been read. ``v_done`` says that only
+dV still needs the memory of V.
 """
 
 from triton.experimental import gluon
@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from hf_flashmask.attention.triton.primitives import LENGTHS, tanh
 
 from .backward_common import STEP_FIELDS, in_thread_order, next_work, produce, scores
-from .compat import tma_add, tma_store
+from .compat import reinterpret, tma_store
 from .primitives import hide_columns, load_bounds, read_scalar
 from .schedule import WORK_FIELDS, schedule
 
@@ -70,20 +70,21 @@ def _weigh(
                 p = hide_columns(p, what // 4 * BLOCK_M, b0, b1, b2, b3, NUM_BOUNDS)
             p16 = p.to(dtype)
             weights = gl.convert_layout(p16, OPERAND)
-            mbarrier.wait(p_free, (step & 1) ^ 1)
+            at = step % 2
+            mbarrier.wait(p_free.index(at), ((step // 2) & 1) ^ 1)
             mbarrier.wait(do_full.index(stage), (step // STAGES) & 1)
             step += 1
             next_stage = step % STAGES
             mbarrier.wait(q_full.index(next_stage), (step // STAGES) & 1, pred=left > 0)
             if SOFTCAP:  # its derivative goes with p: the others want both together
-                p_s.store((p * (1.0 - s * s)).to(dtype))
+                p_s.index(at).store((p * (1.0 - s * s)).to(dtype))
             else:
-                p_s.store(p16)
+                p_s.index(at).store(p16)
             dv_acc = warpgroup_mma(weights, do_s.index(stage).reshape([BLOCK_M, BLOCK_D]), dv_acc, is_async=True)
             # The next step's scores follow at once; in the last step, of whatever is there.
             next_q = q_s.index(next_stage).reshape([BLOCK_M, BLOCK_D])
             s_next = scores(keys, next_q, stats_s.index(next_stage).slice(0, 1, 0), False)
-            mbarrier.arrive(p_full, count=1)
+            mbarrier.arrive(p_full.index(at), count=1)
             dv_acc, weights = warpgroup_mma_wait(1, deps=(dv_acc, weights))
             mbarrier.arrive(free.index(stage), count=1)
             s = warpgroup_mma_wait(0, deps=(s_next,))
@@ -98,91 +99,92 @@ def _weigh(
 
 
 @gluon.jit
-def _differentiate(
-    tiles, p_s, ds_s, work_s, bars, out, softmax_scale,
+def _differentiate(tiles, p_s, ds_s, work_s, bars, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr):
+    """One warpgroup: ds, of p."""
+    _, do_s, stats_s, k_s, v_s = tiles
+    q_full, do_full, p_full, p_free, ds_full, ds_free, v_done, work_full, work_free = bars
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    values = v_s.index(0).reshape([64, BLOCK_D])
+    step = 0
+    turn = 0
+    bh, _, steps, _ = next_work(work_s, work_full, work_free, 0, 64)
+    while bh >= 0:
+        for _left in range(steps):
+            stage = step % STAGES
+            at = step % 2
+            phase = (step // 2) & 1
+            mbarrier.wait(q_full.index(stage), (step // STAGES) & 1)  # row statistics come with Q
+            mbarrier.wait(do_full.index(stage), (step // STAGES) & 1)
+            do_tile = do_s.index(stage).reshape([BLOCK_M, BLOCK_D])
+            dp = scores(values, do_tile, stats_s.index(stage).slice(1, 1, 0), True)
+            mbarrier.wait(p_full.index(at), phase)
+            p = p_s.index(at).load(SCORES)
+            mbarrier.wait(ds_free.index(at), phase ^ 1)
+            dp = warpgroup_mma_wait(0, deps=(dp,))
+            ds_s.index(at).store((p.to(gl.float32) * dp).to(k_s.dtype))
+            fence_async_shared()
+            mbarrier.arrive(ds_full.index(at), count=1)
+            mbarrier.arrive(p_free.index(at), count=1)
+            step += 1
+        mbarrier.arrive(v_done, count=1)
+        turn += 1
+        bh, _, steps, _ = next_work(work_s, work_full, work_free, turn, 64)
+
+
+@gluon.jit
+def _add(to, dq):
+    """Adds dq [64, columns] to the buffer, in the order in which threads hold it."""
+    dq = in_thread_order(dq)
+    i = gl.arange(0, dq.shape[0], gl.SliceLayout(1, dq.type.layout))[:, None]
+    j = gl.arange(0, 32, gl.SliceLayout(0, dq.type.layout))[None, :]
+    gl.atomic_add(to + (i * 32 + j), dq, sem="relaxed")
+
+
+@gluon.jit
+def _gather(
+    q_s, k_s, ds_s, rows_s, work_s, bars, dq, out, softmax_scale,
     BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: ds, for dq, and dk."""
-    q_s, do_s, stats_s, k_s, v_s = tiles
+    """One warpgroup: dk, and what each step adds to dq."""
     dk, heads = out
-    q_full, do_full, free, k_free, p_full, p_free, ds_full, ds_free, v_done, k_done, work_full, work_free = bars
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    free, k_free, ds_full, ds_free, work_full, work_free = bars
+    COLUMNS: gl.constexpr = 64  # of dq at a time: there are no registers for more
+    PARTS: gl.constexpr = BLOCK_D // COLUMNS
     GRADS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, GRADS, 2)
-    dtype: gl.constexpr = k_s.dtype
-    values = v_s.index(0).reshape([64, BLOCK_D])
+    DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, COLUMNS], k_s.dtype)
+    parts_s = reinterpret(k_s, k_s.dtype, [PARTS, 64, COLUMNS], TILE)
     step = 0
     turn = 0
     bh, n0, steps, _ = next_work(work_s, work_full, work_free, 0, 64)
     while bh >= 0:
         dk_acc = gl.zeros([64, BLOCK_D], gl.float32, GRADS)
-        stage = step % STAGES
-        mbarrier.wait(q_full.index(stage), (step // STAGES) & 1)  # row statistics come with Q
-        mbarrier.wait(do_full.index(stage), (step // STAGES) & 1)
-        dp = scores(values, do_s.index(stage).reshape([BLOCK_M, BLOCK_D]), stats_s.index(stage).slice(1, 1, 0), True)
-        dp = warpgroup_mma_wait(0, deps=(dp,))
-        for left in range(steps - 1, -1, -1):
+        for _left in range(steps):
             stage = step % STAGES
-            mbarrier.wait(p_full, step & 1)
-            ds = (p_s.load(SCORES).to(gl.float32) * dp).to(dtype)
-            ds_operand = gl.convert_layout(ds, OPERAND)
-            mbarrier.wait(ds_free, (step & 1) ^ 1)
-            step += 1
-            next_stage = step % STAGES
-            mbarrier.wait(q_full.index(next_stage), (step // STAGES) & 1, pred=left > 0)
-            mbarrier.wait(do_full.index(next_stage), (step // STAGES) & 1, pred=left > 0)
-            ds_s.store(ds)
-            fence_async_shared()
-            dk_acc = warpgroup_mma(ds_operand, q_s.index(stage).reshape([BLOCK_M, BLOCK_D]), dk_acc, is_async=True)
-            next_do = do_s.index(next_stage).reshape([BLOCK_M, BLOCK_D])
-            dp_next = scores(values, next_do, stats_s.index(next_stage).slice(1, 1, 0), True)
-            mbarrier.arrive(ds_full, count=1)
-            mbarrier.arrive(p_free, count=1)
-            dk_acc, ds_operand = warpgroup_mma_wait(1, deps=(dk_acc, ds_operand))
+            at = step % 2
+            mbarrier.wait(ds_full.index(at), (step // 2) & 1)
+            row = read_scalar(rows_s.index(step % (2 * STAGES)))
+            to = dq + row.to(gl.int64) * (BLOCK_M * BLOCK_D)
+            q_tile = q_s.index(stage).reshape([BLOCK_M, BLOCK_D])
+            rows = ds_s.index(at).permute((1, 0))
+            zero = gl.zeros([BLOCK_M, COLUMNS], gl.float32, DQ)
+            # Alone on purpose: with the first part of dq under way too it is slower.
+            dk_acc = warpgroup_mma(ds_s.index(at), q_tile, dk_acc, is_async=True)
+            dk_acc = warpgroup_mma_wait(0, deps=(dk_acc,))
             mbarrier.arrive(free.index(stage), count=1)
-            dp = warpgroup_mma_wait(0, deps=(dp_next,))
-        mbarrier.arrive(v_done, count=1)
-        mbarrier.wait(k_done, turn & 1)
-        k_s.index(0).reshape([64, BLOCK_D]).store((dk_acc * softmax_scale).to(dtype))
+            for part in range(PARTS):  # not unrolled, or the compiler has several under way, and spills
+                acc = warpgroup_mma(rows, parts_s.index(part), zero, use_acc=False, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=(acc,))
+                mbarrier.arrive(ds_free.index(at), count=1, pred=part == PARTS - 1)
+                _add(to + part * (COLUMNS * BLOCK_M), acc)
+            step += 1
+        k_s.index(0).reshape([64, BLOCK_D]).store((dk_acc * softmax_scale).to(k_s.dtype))
         fence_async_shared()
         tma_store(dk, [bh // heads, bh % heads, n0, 0], k_s.index(0))
         turn += 1
         bh, n0, steps, _ = next_work(work_s, work_full, work_free, turn, 64)
         tma.store_wait(0)
         mbarrier.arrive(k_free.index(0), count=1)
-
-
-@gluon.jit
-def _write(
-    k_s, ds_s, dq_s, rows_s, work_s, bars, dq, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr
-):
-    """One warpgroup: what each step adds to dq, 64 columns at a time."""
-    ds_full, ds_free, k_done, work_full, work_free = bars
-    DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    PARTS: gl.constexpr = BLOCK_D // 64
-    step = 0
-    turn = 0
-    bh, _, steps, _ = next_work(work_s, work_full, work_free, 0, 64)
-    while bh >= 0:
-        for _left in range(steps):
-            mbarrier.wait(ds_full, step & 1)
-            row = read_scalar(rows_s.index(step % (2 * STAGES)))
-            for part in gl.static_range(PARTS):
-                keys = k_s.index(0).reshape([64, BLOCK_D]).slice(64 * part, 64, 1)
-                zero = gl.zeros([BLOCK_M, 64], gl.float32, DQ)
-                acc = warpgroup_mma(ds_s.permute((1, 0)), keys, zero, use_acc=False, is_async=True)
-                tma.store_wait(0)  # the addition before has read dq_s
-                acc = warpgroup_mma_wait(0, deps=(acc,))
-                if part == PARTS - 1:
-                    mbarrier.arrive(ds_free, count=1)
-                dq_s.store(in_thread_order(acc))
-                fence_async_shared()
-                tma_add(dq, [(row * PARTS + part) * 128, 0], dq_s)
-            step += 1
-        mbarrier.arrive(k_done, count=1)
-        turn += 1
-        bh, _, steps, _ = next_work(work_s, work_full, work_free, turn, 64)
-    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=LENGTHS)
@@ -193,16 +195,15 @@ def wide_backward_kernel(
     BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     NUM_BOUNDS: gl.constexpr, SOFTCAP: gl.constexpr, ONE_MASK: gl.constexpr,
 ):  # fmt: skip
-    """As ``backward_kernel``, for blocks of BLOCK_N = 64 keys; the exponents take -lse in powers of two."""
+    """As ``backward_kernel`` without LSE_FIRST, for blocks of BLOCK_N = 64 keys; ``dq`` is the buffer itself."""
     q_s = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], q.layout)
     do_s = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], do.layout)
     stats_s = gl.allocate_shared_memory(gl.float32, [STAGES, 2, BLOCK_M], stats.layout)
     k_s = gl.allocate_shared_memory(k.dtype, [1, 1, 1, BLOCK_N, BLOCK_D], k.layout)
     v_s = gl.allocate_shared_memory(v.dtype, [1, 1, 1, BLOCK_N, BLOCK_D], v.layout)
     DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_M], k.dtype)
-    p_s = gl.allocate_shared_memory(k.dtype, [BLOCK_N, BLOCK_M], DS)
-    ds_s = gl.allocate_shared_memory(k.dtype, [BLOCK_N, BLOCK_M], DS)
-    dq_s = gl.allocate_shared_memory(gl.float32, [128, 32], dq.layout)
+    p_s = gl.allocate_shared_memory(k.dtype, [2, BLOCK_N, BLOCK_M], DS)
+    ds_s = gl.allocate_shared_memory(k.dtype, [2, BLOCK_N, BLOCK_M], DS)
     SCALARS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     steps_s = gl.allocate_shared_memory(gl.int32, [STAGES * STEP_FIELDS, 1], SCALARS)
     rows_s = gl.allocate_shared_memory(gl.int32, [2 * STAGES, 1], SCALARS)
@@ -213,12 +214,11 @@ def wide_backward_kernel(
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     k_free = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
     v_free = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    p_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    p_free = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    ds_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    ds_free = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    p_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    p_free = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    ds_free = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     v_done = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    k_done = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     work_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     work_free = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     for i in gl.static_range(STAGES):
@@ -228,19 +228,16 @@ def wide_backward_kernel(
     for i in gl.static_range(2):
         mbarrier.init(work_full.index(i), count=1)
         mbarrier.init(work_free.index(i), count=4)
+        mbarrier.init(p_full.index(i), count=1)
+        mbarrier.init(p_free.index(i), count=1)
+        mbarrier.init(ds_full.index(i), count=1)
+        mbarrier.init(ds_free.index(i), count=1)
     mbarrier.init(k_free.index(0), count=1)
     mbarrier.init(v_free, count=1)
-    mbarrier.init(p_full, count=1)
-    mbarrier.init(p_free, count=1)
-    mbarrier.init(ds_full, count=1)
-    mbarrier.init(ds_free, count=1)
     mbarrier.init(v_done, count=1)
-    mbarrier.init(k_done, count=1)
     weigher = (q_full, do_full, free, v_free, p_full, p_free, v_done, work_full, work_free)
-    differentiator = (
-        q_full, do_full, free, k_free, p_full, p_free, ds_full, ds_free, v_done, k_done, work_full, work_free,
-    )  # fmt: skip
-    writer = (ds_full, ds_free, k_done, work_full, work_free)
+    differentiator = (q_full, do_full, p_full, p_free, ds_full, ds_free, v_done, work_full, work_free)
+    gatherer = (free, k_free, ds_full, ds_free, work_full, work_free)
     producer = (q_full, do_full, free, k_free, v_free, work_full, work_free)
     tiles = (q_s, do_s, stats_s, k_s, v_s)
     columns = (bounds, bounds_len, qk_scale, cap_scale)
@@ -254,10 +251,10 @@ def wide_backward_kernel(
             tiles, p_s, steps_s, work_s, weigher, columns, (dv, heads),
             BLOCK_M, BLOCK_D, STAGES, NUM_BOUNDS, SOFTCAP, ONE_MASK,
         )),
-        (_differentiate, (
-            tiles, p_s, ds_s, work_s, differentiator, (dk, heads), softmax_scale, BLOCK_M, BLOCK_D, STAGES,
+        (_gather, (
+            q_s, k_s, ds_s, rows_s, work_s, gatherer, dq, (dk, heads), softmax_scale, BLOCK_M, BLOCK_D, STAGES,
         )),
-        (_write, (k_s, ds_s, dq_s, rows_s, work_s, writer, dq, BLOCK_M, BLOCK_D, STAGES)),
+        (_differentiate, (tiles, p_s, ds_s, work_s, differentiator, BLOCK_M, BLOCK_D, STAGES)),
         (produce, (tensors, tiles, steps_s, rows_s, work_s, producer, sizes, BLOCK_M, BLOCK_N, STAGES)),
         (schedule, (lists, list_sizes, work_s, work_full, work_free)),
-    ], [4, 4, 1, 1], [208, 64, 32, 32])  # fmt: skip
+    ], [4, 4, 1, 1], [208, 72, 24, 24])  # fmt: skip
