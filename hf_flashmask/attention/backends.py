@@ -76,7 +76,7 @@ def _hopper_pays(q: Tensor, v: Tensor) -> bool:
 
 def _hopper_backward_pays(q: Tensor, v: Tensor) -> bool:
     """The same of the backward: at 8K tokens 1.10 to 1.41 times as fast at head dim 128, 1.30 to 1.60 at 64."""
-    return q.shape[3] == v.shape[3] and q.shape[3] in (64, 128) and q.shape[1] >= HOPPER_AUTO_LENGTH
+    return q.shape[3] == v.shape[3] and q.shape[3] in (64, 128, 256) and q.shape[1] >= HOPPER_AUTO_LENGTH
 
 
 def _hopper_obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:

@@ -237,6 +237,7 @@ def test_refusals():
 def test_auto_takes_them_where_they_are_faster():
     for n, d, forward, backward in (
         (HOPPER_AUTO_LENGTH, 128, "hopper", "hopper"),
+        (HOPPER_AUTO_LENGTH, 256, "hopper", "hopper"),
         (HOPPER_AUTO_LENGTH, 64, "triton", "hopper"),
         (HOPPER_FORWARD_LENGTH[64], 64, "hopper", "hopper"),
         (300, 128, "triton", "triton"),
