@@ -67,7 +67,7 @@ def flashmask_attention(
         sinks: ``[Hq]``, one more logit a head that takes weight and gives no value, as in gpt-oss.
         return_lse: also return ``lse``, float32 ``[B, Hq, Sq]`` (float64 for float64), the log of the softmax
             denominator, sinks included; differentiable.
-        backend: "auto", "hopper" (compute capability 9.0; 16-bit, head dims up to 128), "triton" (GPUs; 16-bit or
+        backend: "auto", "hopper" (compute capability 9.0; 16-bit, head dims up to 256), "triton" (GPUs; 16-bit or
             float32, head dims up to 256; up to 16 queries, as in generation, by kernels that split the keys), "torch"
             (any device) or "reference" (dense, for tests). An explicit choice is never replaced by another; "auto"
             takes the one measured to be the fastest that serves, for each pass.

@@ -68,14 +68,16 @@ def choose_backward(backend: str, q: Tensor, k: Tensor, v: Tensor, *, determinis
 def _hopper_pays(q: Tensor, v: Tensor) -> bool:
     """Where the Hopper forward was measured to be faster than the portable one (H200, Triton 3.6).
 
-    At head dim 128 it is 1.03 to 1.4 times as fast (1K to 8K tokens), at 256 1.2 to 1.6 times (the same), at 64 1.04 to
+    At head dim 128 it is 1.03 to 1.4 times as fast (1K to 8K tokens), at 256 1.2 to 1.5 times (the same), at 64 1.04 to
     1.13 times (8K; 0.8 to 1.07 below).
     """
     return q.shape[3] == v.shape[3] and q.shape[1] >= HOPPER_FORWARD_LENGTH.get(q.shape[3], math.inf)
 
 
 def _hopper_backward_pays(q: Tensor, v: Tensor) -> bool:
-    """The same of the backward: at 8K tokens 1.10 to 1.41 times as fast at head dim 128, 1.30 to 1.60 at 64."""
+    """The same of the backward, by head dim: at 8K tokens 1.3 to 1.6 times as fast at 64, 1.2 to 1.4 at 128, 1.5 to 1.8
+    at 256.
+    """
     return q.shape[3] == v.shape[3] and q.shape[3] in (64, 128, 256) and q.shape[1] >= HOPPER_AUTO_LENGTH
 
 

@@ -12,6 +12,11 @@ KINDS = [(True, 1), (True, 2), (False, 2), (False, 4)]
 # Largest error of a row, forward and backward: some 16-bit roundings of the weights, a few of float32.
 TOLERANCE = {torch.bfloat16: (1e-2, 3e-2), torch.float16: (2e-3, 5e-3), torch.float32: (1e-5, 1e-4)}
 
+# The same of gradients in 16 bits where masks are arbitrary. A row that sees a handful of keys may have next to no
+# gradient, of differences with the row's delta, a sum over the rounded output: once in a thousand masks more than 3e-2,
+# at most 6e-2 of 18000, in exact arithmetic with these roundings.
+ARBITRARY_GRAD_TOLERANCE = 0.1
+
 
 def poison(monkeypatch):
     """Memory that nobody wrote reads as NaN, and as nonsense where plans are."""

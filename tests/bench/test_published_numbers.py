@@ -97,6 +97,42 @@ def test_the_hopper_table():
         assert f"| {mask} | {' | '.join(cells)} |" in text
 
 
+def test_the_hopper_tables_of_head_dim_256_and_beside_cudnn():
+    """Both passes at 256 beside the portable ones, and in shorter rows, and at 128 and 256 beside cuDNN."""
+    rows = records.read(HOPPER.with_name("h200_hopper_256.csv"))
+    assert all(float(r["error"]) < 0.02 and not r["note"] for r in rows)
+    found = {(r["mask"], r["seq_len"], r["head_dim"], r["pass"], r["peer"]): float(r["tflops"]) for r in rows}
+    text = (ROOT / "docs" / "performance.md").read_text()
+
+    def cell(mask, head_dim, passed, peer):
+        ours, other = (found[mask, "8192", head_dim, passed, p] for p in ("flashmask_hopper", peer))
+        return f"{ours:.0f} / {other:.0f} = **{ours / other:.2f}**"
+
+    for mask in dict.fromkeys(mask for mask, length, head_dim, *_ in found if (length, head_dim) == ("8192", "256")):
+        assert f"| {mask} | {' | '.join(cell(mask, '256', passed, 'flashmask') for passed in PASSES)} |" in text
+    for mask in ("full", "causal"):
+        cells = [cell(mask, head_dim, passed, "sdpa_cudnn") for head_dim in ("128", "256") for passed in PASSES]
+        assert f"| {mask} | {' | '.join(cells)} |" in text
+
+    def ratio(case):
+        return found[(*case, "flashmask_hopper")] / found[(*case, "flashmask")]
+
+    def shorter(length, passed):
+        cases = [(mask, length, "256", passed) for mask in ("causal", "causal_document", "share_question")]
+        assert min(map(ratio, cases)) > 1.1
+        return ", ".join(f"{ratio(case):.2f}" for case in cases)
+
+    forward, backward = ([shorter(length, passed) for length in ("4096", "2048", "1024")] for passed in PASSES)
+    said = "forward {} times as fast at 4K, {} at 2K, {} at 1K; backward {}, then {} and {}."
+    assert said.format(*forward, *backward) in flat("docs/performance.md")
+    ends = []
+    for passed in PASSES:
+        ratios = [ratio(key[:4]) for key in found if key[1:] == ("8192", "256", passed, "flashmask")]
+        assert len(ratios) == 13
+        ends += [min(ratios), max(ratios)]
+    assert "at 256 it is {:.2f} to {:.2f} and {:.2f} to {:.2f} times".format(*ends) in flat("README.md")
+
+
 def test_where_auto_takes_the_forward_at_head_dim_64():
     found: dict[tuple[str, str], dict[str, float]] = {}
     for r in hopper_rows(65536):

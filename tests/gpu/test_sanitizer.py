@@ -26,7 +26,7 @@ from hf_flashmask import ColumnMask, flashmask_attention, masks
 bounds = masks.causal_document(lengths=[130, 300, 23]).bounds.clone()
 bounds[..., 128:256] = 0
 mask = ColumnMask(bounds, causal=True).to("cuda")
-for head_dim in (64, 128, 256):
+for head_dim in map(int, sys.argv[2:]):
     q, k, v = (
         torch.randn(2, 453, heads, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         for heads in (4, 2, 2)
@@ -41,26 +41,22 @@ print("computed")
 def handed_on():
     """``file:line`` of what racecheck reports although it is no race.
 
-    It does not follow what all threads of a warp or warpgroup hand on when one of them arrives at an mbarrier (scalars,
-    P of the wide backward), nor the state in which Triton tells warps their partition, written where a kernel begins.
+    It does not follow the scalars that all threads of a warp write before one of them arrives at an mbarrier, nor the
+    state in which Triton tells warps their partition, written where a kernel begins.
     """
     from hf_flashmask.attention.hopper import primitives
     from hf_flashmask.attention.hopper.backward import backward_kernel
     from hf_flashmask.attention.hopper.forward import forward_kernel
-    from hf_flashmask.attention.hopper.wide_backward import _differentiate, _weigh, wide_backward_kernel
 
-    functions = [primitives.read_scalar, primitives.write_scalar, forward_kernel, backward_kernel, wide_backward_kernel]
-    places = {place for function in functions for place, _ in lines(function)}
-    return places | {
-        place for function in (_weigh, _differentiate) for place, code in lines(function) if "p_s." in code
-    }
+    functions = (primitives.read_scalar, primitives.write_scalar, forward_kernel, backward_kernel)
+    return {place for function in functions for place in lines(function)}
 
 
 def lines(kernel):
-    """(``file:line``, code) of a kernel or a function that it calls."""
+    """``file:line`` of a kernel, or of a function that kernels call."""
     name = Path(inspect.getsourcefile(kernel.fn)).name
     code, first = inspect.getsourcelines(kernel.fn)
-    return [(f"{name}:{first + i}", line) for i, line in enumerate(code)]
+    return [f"{name}:{first + i}" for i in range(len(code))]
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
@@ -68,7 +64,9 @@ def lines(kernel):
 def test_clean(backend, tool):
     if backend == "hopper" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU")
-    arguments = [sys.executable, "-c", PROGRAM, backend]
+    # What racecheck says of the kernels of wider heads has not been looked into.
+    head_dims = ("64", "128") if (backend, tool) == ("hopper", "racecheck") else ("64", "128", "256")
+    arguments = [sys.executable, "-c", PROGRAM, backend, *head_dims]
     # Every tensor an allocation of its own, or a neighbour's memory would count as a tensor's.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     options = {"capture_output": True, "text": True, "timeout": 500, "env": environment}
