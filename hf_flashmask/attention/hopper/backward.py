@@ -25,10 +25,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from hf_flashmask.attention.triton.primitives import LENGTHS, tanh
 
-from .backward_common import STEP_FIELDS, in_thread_order, next_work, produce, scores
+from .backward_common import (
+    allocate_queries,
+    allocate_scalars,
+    in_thread_order,
+    next_work,
+    produce,
+    read_step,
+    scores,
+)
 from .compat import reinterpret, tma_add, tma_store
 from .primitives import hide_columns, load_bounds, read_scalar, widen
-from .schedule import WORK_FIELDS, schedule
+from .schedule import schedule
 
 
 @gluon.constexpr_function
@@ -82,12 +90,9 @@ def _consume(
             stage = step % STAGES
             q_tile = q_s.index(stage).reshape([BLOCK_M, BLOCK_D])
             do_tile = do_s.index(stage).reshape([BLOCK_M, BLOCK_D])
-            what = read_scalar(steps_s.index(stage * STEP_FIELDS))
-            if not ONE_MASK:
-                now = read_scalar(steps_s.index(stage * STEP_FIELDS + 1))
-                if now != mask:
-                    b0, b1, b2, b3 = load_bounds(bounds, now, n0 + n, bounds_len, NUM_BOUNDS)
-                    mask = now
+            what, mask, b0, b1, b2, b3 = read_step(
+                steps_s, stage, mask, (b0, b1, b2, b3), bounds, n0 + n, bounds_len, NUM_BOUNDS, ONE_MASK
+            )
             if SOFTCAP:
                 s = tanh(s * cap_scale)
             if LSE_FIRST:
@@ -232,9 +237,7 @@ def backward_kernel(
     LSE_FIRST: scores begin with -lse, in their own scale; else it is added to the exponents, in powers of two. The rest
     is as in the Triton kernel.
     """
-    q_s = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], q.layout)
-    do_s = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], do.layout)
-    stats_s = gl.allocate_shared_memory(gl.float32, [STAGES, 2, BLOCK_M], stats.layout)
+    q_s, do_s, stats_s = allocate_queries(q, do, stats, BLOCK_M, BLOCK_D, STAGES)
     k_s = gl.allocate_shared_memory(k.dtype, [4, 1, 1, 64, BLOCK_D], k.layout)
     v_s = gl.allocate_shared_memory(v.dtype, [2, 1, 1, 64, BLOCK_D], v.layout)
     DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_M], k.dtype)
@@ -243,9 +246,7 @@ def backward_kernel(
     dq_s = gl.allocate_shared_memory(gl.float32, [2, 128, 32], dq.layout)
     dv0_s = _as_tile(ds0_s, dv)
     dv1_s = _as_tile(ds1_s, dv)
-    steps_s = gl.allocate_shared_memory(gl.int32, [STAGES * STEP_FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    rows_s = gl.allocate_shared_memory(gl.int32, [2 * STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    work_s = gl.allocate_shared_memory(gl.int32, [2 * WORK_FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    steps_s, rows_s, work_s = allocate_scalars(STAGES)
     KV_IN_REGISTERS: gl.constexpr = kv_in_registers(BLOCK_D)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)

@@ -7,8 +7,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from hf_flashmask.attention.triton.primitives import list_of, next_tile, open_list
 
 from .compat import tma_load
-from .primitives import write_scalar
-from .schedule import read_list, read_work
+from .primitives import load_bounds, read_scalar, write_scalar
+from .schedule import WORK_FIELDS, read_list, read_work
 
 # What the producer tells the consumers of a step: 4 * block of queries + 2 * whether another step follows + whether it
 # is partial, mask.
@@ -40,6 +40,21 @@ def next_work(work_s, work_full, work_free, turn, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
+def read_step(
+    steps_s, stage, mask, limits, bounds, n, bounds_len, NUM_BOUNDS: gl.constexpr, ONE_MASK: gl.constexpr
+):  # fmt: skip
+    """What the producer says of a step, its mask, and the bounds of keys n under it; ``limits`` were those before."""
+    what = read_scalar(steps_s.index(stage * STEP_FIELDS))
+    b0, b1, b2, b3 = limits
+    if not ONE_MASK:
+        now = read_scalar(steps_s.index(stage * STEP_FIELDS + 1))
+        if now != mask:
+            b0, b1, b2, b3 = load_bounds(bounds, now, n, bounds_len, NUM_BOUNDS)
+            mask = now
+    return what, mask, b0, b1, b2, b3
+
+
+@gluon.jit
 def scores(rows, columns, stats, START: gl.constexpr):
     """rows columns^T [64, BLOCK_M] plus, with START, the row ``stats``; issued and not awaited."""
     BLOCK_M: gl.constexpr = columns.shape[0]
@@ -48,6 +63,25 @@ def scores(rows, columns, stats, START: gl.constexpr):
     if START:
         acc, _ = gl.broadcast(stats.load(LAYOUT), acc)
     return warpgroup_mma(rows, columns.permute((1, 0)), acc, use_acc=START, is_async=True)
+
+
+@gluon.jit
+def allocate_queries(q, do, stats, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr):
+    """Shared memory of Q, dO and the statistics of their rows."""
+    q_s = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], q.layout)
+    do_s = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], do.layout)
+    stats_s = gl.allocate_shared_memory(gl.float32, [STAGES, 2, BLOCK_M], stats.layout)
+    return q_s, do_s, stats_s
+
+
+@gluon.jit
+def allocate_scalars(STAGES: gl.constexpr):
+    """Shared memory of what is said of a step, of its rows of dq, and of a piece of work."""
+    LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    steps_s = gl.allocate_shared_memory(gl.int32, [STAGES * STEP_FIELDS, 1], LAYOUT)
+    rows_s = gl.allocate_shared_memory(gl.int32, [2 * STAGES, 1], LAYOUT)
+    work_s = gl.allocate_shared_memory(gl.int32, [2 * WORK_FIELDS, 1], LAYOUT)
+    return steps_s, rows_s, work_s
 
 
 @gluon.jit

@@ -22,10 +22,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from hf_flashmask.attention.triton.primitives import LENGTHS, tanh
 
-from .backward_common import STEP_FIELDS, in_thread_order, next_work, produce, scores
+from .backward_common import (
+    allocate_queries,
+    allocate_scalars,
+    in_thread_order,
+    next_work,
+    produce,
+    read_step,
+    scores,
+)
 from .compat import reinterpret, tma_store
 from .primitives import hide_columns, load_bounds, read_scalar
-from .schedule import WORK_FIELDS, schedule
+from .schedule import schedule
 
 
 @gluon.jit
@@ -57,12 +65,9 @@ def _weigh(
         s = warpgroup_mma_wait(0, deps=(s,))
         for left in range(steps - 1, -1, -1):
             stage = step % STAGES
-            what = read_scalar(steps_s.index(stage * STEP_FIELDS))
-            if not ONE_MASK:
-                now = read_scalar(steps_s.index(stage * STEP_FIELDS + 1))
-                if now != mask:
-                    b0, b1, b2, b3 = load_bounds(bounds, now, n0 + n, bounds_len, NUM_BOUNDS)
-                    mask = now
+            what, mask, b0, b1, b2, b3 = read_step(
+                steps_s, stage, mask, (b0, b1, b2, b3), bounds, n0 + n, bounds_len, NUM_BOUNDS, ONE_MASK
+            )
             if SOFTCAP:
                 s = tanh(s * cap_scale)
             p = gl.exp2(gl.fma(s, qk_scale, stats_s.index(stage).slice(0, 1, 0).load(SCORES)))
@@ -196,18 +201,13 @@ def wide_backward_kernel(
     NUM_BOUNDS: gl.constexpr, SOFTCAP: gl.constexpr, ONE_MASK: gl.constexpr,
 ):  # fmt: skip
     """As ``backward_kernel`` without LSE_FIRST, for blocks of BLOCK_N = 64 keys; ``dq`` is the buffer itself."""
-    q_s = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], q.layout)
-    do_s = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], do.layout)
-    stats_s = gl.allocate_shared_memory(gl.float32, [STAGES, 2, BLOCK_M], stats.layout)
+    q_s, do_s, stats_s = allocate_queries(q, do, stats, BLOCK_M, BLOCK_D, STAGES)
     k_s = gl.allocate_shared_memory(k.dtype, [1, 1, 1, BLOCK_N, BLOCK_D], k.layout)
     v_s = gl.allocate_shared_memory(v.dtype, [1, 1, 1, BLOCK_N, BLOCK_D], v.layout)
     DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_M], k.dtype)
     p_s = gl.allocate_shared_memory(k.dtype, [2, BLOCK_N, BLOCK_M], DS)
     ds_s = gl.allocate_shared_memory(k.dtype, [2, BLOCK_N, BLOCK_M], DS)
-    SCALARS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    steps_s = gl.allocate_shared_memory(gl.int32, [STAGES * STEP_FIELDS, 1], SCALARS)
-    rows_s = gl.allocate_shared_memory(gl.int32, [2 * STAGES, 1], SCALARS)
-    work_s = gl.allocate_shared_memory(gl.int32, [2 * WORK_FIELDS, 1], SCALARS)
+    steps_s, rows_s, work_s = allocate_scalars(STAGES)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
