@@ -10,16 +10,16 @@ import torch
 from hf_flashmask.attention.hopper.dq_buffer import finish_kernel, prepare_kernel
 
 
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("width", [64, 128, 256])
 def test_rows_come_back_in_order(width, monkeypatch):
     """finish_kernel undoes what the backward kernel does to a block; Gluon's reshape and permute are torch's here."""
-    backward = importlib.import_module("hf_flashmask.attention.hopper.backward")
-    monkeypatch.setattr(backward, "gl", types.SimpleNamespace(reshape=torch.reshape, permute=torch.permute))
+    common = importlib.import_module("hf_flashmask.attention.hopper.backward_common")
+    monkeypatch.setattr(common, "gl", types.SimpleNamespace(reshape=torch.reshape, permute=torch.permute))
     batch, heads, q_len, head_dim = 2, 3, 150, width - 8
     blocks = math.ceil(q_len / 64)
     rows = torch.randn(batch, heads, blocks * 64, width)
     parts = [part for block in rows.reshape(-1, 64, width) for part in block.split(64, dim=1)]
-    buffer = torch.stack([backward.in_thread_order.fn(part) for part in parts])
+    buffer = torch.stack([common.in_thread_order.fn(part) for part in parts])
     assert buffer.shape[1:] == (128, 32)
     dq = torch.empty(batch, q_len, heads, head_dim)
     finish_kernel[(batch * heads * blocks,)](
