@@ -202,6 +202,7 @@ def _take(counter, order, counts, lines, heads_total, heads, mask_stride, mask_h
 
 @gluon.jit
 def _load_q(q, q_s, bars, turn, b, h, block_m):
+    """Q of piece of work number ``turn``, once its slot is free."""
     q_full, q_free = bars[2], bars[3]
     Q_SLOTS: gl.constexpr = q_full.shape[0]
     slot = turn % Q_SLOTS

@@ -154,7 +154,11 @@ def backward(
     buffer = lse.new_empty(rows * _BACKWARD_BLOCK_M * width // 32, 32)
     shared = {"q_len": q_len, "heads": heads_q, "row_blocks": row_blocks, "BLOCK_M": _BACKWARD_BLOCK_M}
     lse_first = width == 64 and not softcap
-    kernel, options = (wide_backward_kernel, {}) if width == 256 else (backward_kernel, {"LSE_FIRST": lse_first})
+    if width == 256:
+        kernel, dq_sums, options = wide_backward_kernel, buffer, {}
+    else:
+        dq_sums = TensorDescriptor(buffer, list(buffer.shape), [32, 1], [128, 32], _DQ_LAYOUT)
+        kernel, options = backward_kernel, {"LSE_FIRST": lse_first}
     with torch.cuda.device_of(q):
         prepare_kernel[(rows,)](
             out, do, lse, lse if dlse is None else dlse.contiguous(), stats, buffer, *_strides(out), *_strides(do),
@@ -164,8 +168,7 @@ def backward(
         kernel[(min(multiprocessors(q.device), batch * heads_kv * lists.lines),)](
             _descriptor(q, _BACKWARD_BLOCK_M, width), _descriptor(do, _BACKWARD_BLOCK_M, width),
             TensorDescriptor(stats, list(stats.shape), [_BACKWARD_BLOCK_M, 1], [2, _BACKWARD_BLOCK_M], _STATS_LAYOUT),
-            _descriptor(k, 64, width), _descriptor(v, 64, width),
-            buffer if width == 256 else TensorDescriptor(buffer, list(buffer.shape), [32, 1], [128, 32], _DQ_LAYOUT),
+            _descriptor(k, 64, width), _descriptor(v, 64, width), dq_sums,
             _descriptor(dk, 64, width), _descriptor(dv, 64, width), bounds,
             row_blocks=row_blocks, softmax_scale=softmax_scale, BLOCK_M=_BACKWARD_BLOCK_M, BLOCK_N=block_n,
             ONE_MASK=heads_q // mask.shape[1] % (heads_q // heads_kv) == 0, BLOCK_D=width,

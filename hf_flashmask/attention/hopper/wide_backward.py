@@ -36,6 +36,12 @@ from .primitives import hide_columns, load_bounds, read_scalar
 from .schedule import schedule
 
 
+@gluon.constexpr_function
+def grads_layout():
+    """dk and dv [64, BLOCK_D] by products of 128 columns: for one of 256 ptxas does not find the registers."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+
+
 @gluon.jit
 def _weigh(
     tiles, p_s, steps_s, work_s, bars, given, out,
@@ -48,7 +54,7 @@ def _weigh(
     dv, heads = out
     q_full, do_full, free, v_free, p_full, p_free, v_done, work_full, work_free = bars
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-    GRADS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    GRADS: gl.constexpr = grads_layout()
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, GRADS, 2)
     dtype: gl.constexpr = k_s.dtype
     keys = k_s.index(0).reshape([64, BLOCK_D])
@@ -155,7 +161,7 @@ def _gather(
     free, k_free, ds_full, ds_free, work_full, work_free = bars
     COLUMNS: gl.constexpr = 64  # of dq at a time: there are no registers for more
     PARTS: gl.constexpr = BLOCK_D // COLUMNS
-    GRADS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    GRADS: gl.constexpr = grads_layout()
     DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, COLUMNS], k_s.dtype)
     parts_s = reinterpret(k_s, k_s.dtype, [PARTS, 64, COLUMNS], TILE)
