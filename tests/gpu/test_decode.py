@@ -118,7 +118,7 @@ def test_layers_alike_are_launched_alike(kv_len):
             out = flashmask_attention(q, k, v, mask, backend="triton", **given)
             doubles = [t.double() for t in (q, k, v)]
             assert row_error(out, flashmask_attention(*doubles, mask, backend="reference", **given)) <= 1e-2
-            assert mask._cache["repeat"][0][:2] == ("tokens", q.shape)
+            assert mask._cache["repeat"][0][:3] == ("tokens", mask.version, q.shape)
 
 
 @torch.no_grad()
