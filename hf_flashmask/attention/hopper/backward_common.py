@@ -8,15 +8,13 @@ from hf_flashmask.attention.triton.primitives import list_of, next_tile, open_li
 
 from .compat import tma_load
 from .primitives import load_bounds, read_scalar, write_scalar
-from .schedule import WORK_FIELDS, read_list, read_work
+from .schedule import NOWHERE, WORK_FIELDS, read_list, read_work
 
 # What the producer tells the consumers of a step: 4 * block of queries + 2 * whether another step follows + whether it
 # is partial, mask.
 STEP_FIELDS = gl.constexpr(2)
 # Steps from its end at which a piece of work lets the next one be taken: time enough to look it up.
 TAKE_AHEAD = gl.constexpr(4)
-# A row of K and V that no tensor has: TMA fills tiles from there on with zeros.
-NOWHERE = gl.constexpr(2**30)
 
 
 @gluon.jit

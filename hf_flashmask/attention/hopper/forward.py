@@ -43,12 +43,10 @@ from .primitives import (
     unpack_pairs,
     write_scalar,
 )
-from .schedule import take
+from .schedule import NOWHERE, take
 
 # What the producer tells the consumers of a piece of work: batch * heads + head (-1: no more), block of rows, tiles.
 WORK_FIELDS = gl.constexpr(4)
-# A row of K and V that no tensor has: TMA fills tiles from there on with zeros.
-NOWHERE = gl.constexpr(2**30)
 
 
 @gluon.jit

@@ -16,6 +16,8 @@ from .primitives import read_scalar, write_scalar
 # then of the list of its first query head partial and full tiles, span, tile and end of the first, and whether it
 # stands for no list at all.
 WORK_FIELDS = gl.constexpr(10)
+# A row of K and V that no tensor has, for lists that visit nothing: TMA fills tiles from there on with zeros.
+NOWHERE = gl.constexpr(2**30)
 
 
 @gluon.jit
